@@ -1,0 +1,66 @@
+"""What the driver tells of itself while it works: timed steps, image operations, kernel events.
+
+The driver publishes; metrics and logs subscribe. So neither is known below the faces.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a stage, publish or expand, e.g. `unlock_image`; `seconds` of wall time."""
+
+    name: str
+    seconds: float
+    ok: bool
+
+
+@dataclass(frozen=True)
+class ImageOperation:
+    """One finished operation on a backing image, e.g. `encrypt`; `size` is bytes of data moved."""
+
+    name: str
+    size: int
+    seconds: float
+    ok: bool
+
+
+@dataclass(frozen=True)
+class DeviceEvent:
+    """A uevent of a device-mapper device of ours; `lost` says that a staged volume's mapper vanished."""
+
+    action: str
+    name: str
+    lost: bool = False
+
+
+Event: TypeAlias = Step | ImageOperation | DeviceEvent
+_subscribers: list[Callable[[Event], None]] = []
+
+
+def subscribe(handler: Callable[[Event], None]) -> Callable[[], None]:
+    """Have `handler` called with every event, in the thread that publishes it. Returns the way to end that."""
+    _subscribers.append(handler)
+    return lambda: _subscribers.remove(handler)
+
+
+def publish(event: Event) -> None:
+    """Hand `event` to every subscriber."""
+    for handler in tuple(_subscribers):
+        handler(event)
+
+
+@contextmanager
+def step(name: str) -> Iterator[None]:
+    """Time the block as the step `name`, failed if it raises."""
+    start = time.monotonic()
+    ok = False
+    try:
+        yield
+        ok = True
+    finally:
+        publish(Step(name, time.monotonic() - start, ok))

@@ -1,0 +1,90 @@
+"""Files as this project needs them: replaced whole, durable, sparse, and measured by their data."""
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plugin.errors import exhausted
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A run of data in a file or device: `start` and `length` in bytes."""
+
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """The first byte behind it."""
+        return self.start + self.length
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and new names in the directory `path` survive a power cut."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+    """Replace `path` by `value` as JSON, whole or not at all; `durable` waits for the disk."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w") as file:
+            json.dump(value, file, indent=1, sort_keys=True)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise exhausted(f"no space left to write {path}", "free space in the data directory") from error
+        raise
+    if durable:
+        sync_directory(path.parent)
+
+
+def read_json(path: Path) -> Any | None:
+    """What `write_json` wrote, or None where there is no such file."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def data_extents(fd: int, start: int = 0, end: int | None = None) -> Iterator[Extent]:
+    """The data runs of the open file `fd` between `start` and `end`, in order, as the filesystem tells (lseek(2)).
+
+    A filesystem that knows no holes tells one run.
+    """
+    end = os.fstat(fd).st_size if end is None else end
+    offset = start
+    while offset < end:
+        try:
+            data = os.lseek(fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole is left
+                return
+            raise
+        if data >= end:
+            return
+        offset = min(os.lseek(fd, data, os.SEEK_HOLE), end)
+        yield Extent(data, offset - data)
+
+
+def preallocate(fd: int, length: int, name: str) -> None:
+    """Reserve `length` bytes of disk for the open file `fd`; it grows to that size. `name` is for the message."""
+    try:
+        os.posix_fallocate(fd, 0, length)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise exhausted(f"no space for {length} bytes of {name}", "free space in the data directory") from error
+        raise

@@ -1,0 +1,56 @@
+"""One operation at a time on one object, across threads and processes.
+
+The lock is flock(2) on the object's own directory: it needs no file of its own, and a killed process holds nothing.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from plugin.errors import busy
+
+
+@contextmanager
+def locked(directory: Path, what: str) -> Iterator[None]:
+    """Hold the only operation on the object `what`, kept in `directory`, which is made if absent.
+
+    Raises BUSY when another one is under way. The holder may remove the directory.
+    """
+    while True:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder before us may have removed the directory: then this is the lock of nothing.
+            current = os.stat(directory) if directory.exists() else None
+            if current is None or current.st_ino != os.fstat(fd).st_ino:
+                os.close(fd)
+                continue
+        except BlockingIOError as error:
+            os.close(fd)
+            raise busy(f"another operation on {what} is under way", "try again when it has ended") from error
+        try:
+            yield
+        finally:
+            os.close(fd)
+        return
+
+
+def is_locked(directory: Path) -> bool:
+    """Whether an operation on the object in `directory` is under way."""
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
