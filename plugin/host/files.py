@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plugin.errors import exhausted
+from plugin.errors import exhausted, precondition
 
 
 @dataclass(frozen=True)
@@ -88,3 +88,15 @@ def preallocate(fd: int, length: int, name: str) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise exhausted(f"no space for {length} bytes of {name}", "free space in the data directory") from error
         raise
+
+
+def private_directory(path: Path) -> Path:
+    """`path` as a directory that only this user may enter: made with mode 0700, refused if it is anybody else's."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = path.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise precondition(
+            f"{path} is not private: owner {status.st_uid}, mode {status.st_mode & 0o7777:04o}",
+            f"chown it to user {os.geteuid()} and chmod it to 0700",
+        )
+    return path

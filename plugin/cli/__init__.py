@@ -1,0 +1,58 @@
+"""The command line `ebi`: each command is a module here, loaded only when it runs.
+
+A module has `add(subparsers)`, which describes its command, and the function that the command runs: it takes the
+parsed arguments and the settings, and returns the exit status.
+"""
+
+import logging
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+
+from plugin.cli import apply, delete, get, serve, volume
+from plugin.errors import EbiError
+from plugin.settings import Settings
+
+_EPILOG = """\
+exit status: 0 done; 1 failed; 2 bad input; 3 not found; 4 exists as another; 5 not in a state for that; 6 busy;
+7 no room; 8 size out of range; 9 not now; 10 unsupported; 11 cancelled. `ebi apply` exits 1 whatever the reason.
+
+Every setting can be given by a flag or by an environment variable; a flag wins."""
+
+
+def parser() -> ArgumentParser:
+    """The whole grammar of the command line."""
+    top = ArgumentParser(
+        prog="ebi",
+        description="Encrypted backing images: golden disk images kept as LUKS2, and volumes that start from them.",
+        epilog=_EPILOG,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    Settings.add_arguments(top, "data_dir", "log_level")
+    commands = top.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    for module in (apply, get, delete, serve, volume):
+        module.add(commands)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit status; failures go to standard error with their hint."""
+    arguments = parser().parse_args(argv)
+    try:
+        settings = Settings.load(arguments)
+        logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        return int(arguments.run(arguments, settings))
+    except EbiError as error:
+        complain(error)
+        return error.kind.value
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        sys.stderr.close()
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def complain(error: EbiError) -> None:
+    """Print what went wrong, and below it what to do."""
+    print(f"ebi: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"  hint: {error.hint}", file=sys.stderr)

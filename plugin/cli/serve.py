@@ -1,0 +1,41 @@
+"""`ebi serve`: the CSI server of this node."""
+
+from argparse import Namespace
+from typing import Any
+
+from plugin.host.files import private_directory
+from plugin.images import Images
+from plugin.settings import Settings
+from plugin.volumes import Volumes
+
+
+def add(commands: Any) -> None:
+    """Describe the command."""
+    command = commands.add_parser(
+        "serve",
+        help="serve CSI on a unix socket",
+        description="Serve CSI's Identity, Controller and Node services. SIGTERM finishes what runs and exits 0.",
+    )
+    Settings.add_arguments(
+        command,
+        "endpoint",
+        "node_id",
+        "driver_name",
+        "metrics_address",
+        "grace_seconds",
+        "workers",
+        "device_template",
+        "target_root",
+        "unlock_memory",
+    )
+    command.set_defaults(run=run)
+
+
+def run(arguments: Namespace, settings: Settings) -> int:
+    """Serve until SIGTERM."""
+    from csi import server  # noqa: PLC0415: gRPC loads slowly, and the other commands do without it
+
+    images = Images(private_directory(settings.data_dir) / "images", settings)
+    volumes = Volumes(settings.data_dir / "volumes", images, settings)
+    server.serve(volumes, images, settings)
+    return 0
