@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: Namespace, settings: Settings) -> int:
     """Serve until SIGTERM."""
-    from csi import server  # noqa: PLC0415: gRPC loads slowly, and the other commands do without it
+    from csi import server
 
     images = Images(private_directory(settings.data_dir) / "images", settings)
     volumes = Volumes(settings.data_dir / "volumes", images, settings)

@@ -63,9 +63,9 @@ class _Client:
     """The two services that an orchestrator calls, with gRPC's errors as ours."""
 
     def __init__(self, endpoint: str) -> None:
-        import grpc  # noqa: PLC0415: gRPC loads slowly, and the other commands do without it
+        import grpc
 
-        from csi.stubs import csi_pb2, csi_pb2_grpc  # noqa: PLC0415
+        from csi.stubs import csi_pb2, csi_pb2_grpc
 
         self._endpoint = endpoint
         self._channel = grpc.insecure_channel(endpoint)

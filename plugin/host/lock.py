@@ -27,7 +27,7 @@ def locked(directory: Path, what: str) -> Iterator[None]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The holder before us may have removed the directory: then this is the lock of nothing.
-            current = os.stat(directory) if directory.exists() else None
+            current = directory.stat() if directory.exists() else None
             if current is None or current.st_ino != os.fstat(fd).st_ino:
                 os.close(fd)
                 continue

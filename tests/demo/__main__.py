@@ -80,7 +80,7 @@ def images(node: Node, work: Path, web: Path) -> None:
     with step("sizes: what each takes"):
         names = {"raw": "parrot", "sparse, encrypted": "parrot-cloned-encrypted", "dense, encrypted": "dense-encrypted"}
         for title, name in names.items():
-            status = os.stat(node.image(name)["status"]["path"])
+            status = Path(node.image(name)["status"]["path"]).stat()
             print(f"    {title:18} {status.st_size / MIB:9.1f} MiB long, {status.st_blocks / 2048:9.1f} MiB on disk")
     with step("the images as `ebi get` shows them; applying again changes nothing"):
         node.ebi("apply", "-f", secret, "-f", EXAMPLES / "3-encrypt.yaml", "-f", EXAMPLES / "5-storageclass.yaml")

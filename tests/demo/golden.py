@@ -78,7 +78,7 @@ def holds(file: Path, needle: bytes) -> bool:
 
 
 class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """Keep the demonstration's own output readable."""
 
 
