@@ -1,0 +1,77 @@
+"""LUKS2 devices in the kernel: opened, resized and closed.
+
+Opened with `--disable-keyring`: the volume key is in the dm table, not in a keyring, so that a resize needs no
+passphrase (and a process without the keyring can do it).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from plugin.errors import EbiError, Kind, exhausted, invalid
+from plugin.host import dm
+from plugin.host.run import CommandError, run, secret_fd
+
+# cryptsetup(8), "RETURN CODES".
+_WRONG_PASSPHRASE, _OUT_OF_MEMORY = 2, 3
+
+
+def open_with_passphrase(
+    device: Path, name: str, passphrase: bytes, owner: str, *, readonly: bool = False, flags: Sequence[str] = ()
+) -> None:
+    """Open the LUKS2 `device` as the mapper `name`; costs one key derivation.
+
+    `passphrase` is taken as it is, trailing newlines included. `flags` are further options of `cryptsetup open`.
+    Raises INVALID when the passphrase does not open `owner` ("backing image parrot"), EXHAUSTED when the key
+    derivation found no memory.
+    """
+    argv = ["cryptsetup", "open", "--type", "luks2", "--disable-keyring", "--key-file", "-", *flags]
+    try:
+        run([*argv, *(["--readonly"] if readonly else []), "--", str(device), name], stdin=passphrase)
+    except CommandError as error:
+        raise _explained(error, owner) from error
+    dm.appeared(name)
+
+
+def open_with_key(device: Path, name: str, volume_key: bytes, owner: str, *, flags: Sequence[str] = ()) -> None:
+    """Open the LUKS2 `device` as the mapper `name` by its volume key: no key derivation. Raises as the other does."""
+    with secret_fd(volume_key) as fd:
+        argv = [
+            "cryptsetup",
+            "open",
+            "--type",
+            "luks2",
+            "--disable-keyring",
+            "--volume-key-file",
+            f"/proc/self/fd/{fd}",
+        ]
+        try:
+            run([*argv, *flags, "--", str(device), name], fds=(fd,))
+        except CommandError as error:
+            raise _explained(error, owner) from error
+    dm.appeared(name)
+
+
+def resize(name: str) -> None:
+    """Have the open mapper `name` take all of the device under it."""
+    run(["cryptsetup", "resize", "--disable-keyring", name])
+
+
+def close(name: str) -> None:
+    """Close the mapper `name` if it is open; the kernel wipes its key. Raises PRECONDITION when it is in use."""
+    dm.remove(name)
+
+
+def is_open(name: str, luks_uuid: str) -> bool:
+    """Whether the mapper `name` was opened from the LUKS2 device with `luks_uuid`."""
+    mapper = dm.find(name)
+    return mapper is not None and mapper.uuid.startswith(f"CRYPT-LUKS2-{luks_uuid.replace('-', '')}-")
+
+
+def _explained(error: CommandError, owner: str) -> EbiError:
+    if error.returncode == _WRONG_PASSPHRASE:
+        return invalid(f"the passphrase does not open {owner}", "give the secret that it was encrypted with")
+    if error.returncode == _OUT_OF_MEMORY:
+        return exhausted(
+            f"no memory to derive the key of {owner}", "raise the memory limit, or lower CRYPTO_PBKDF_MEMORY"
+        )
+    return EbiError(f"cannot open {owner}: {error.message}", kind=Kind.INTERNAL, hint=error.hint)
