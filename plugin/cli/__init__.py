@@ -5,6 +5,7 @@ parsed arguments and the settings, and returns the exit status.
 """
 
 import logging
+import resource
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
@@ -37,6 +38,8 @@ def parser() -> ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status; failures go to standard error with their hint."""
     arguments = parser().parse_args(argv)
+    # A core dump would hold passphrases; the children inherit this.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         settings = Settings.load(arguments)
         logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")

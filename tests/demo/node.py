@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,20 @@ from csi.stubs import csi_pb2, csi_pb2_grpc
 
 
 class Node:
-    """One data directory with its server; `work` is a directory for everything."""
+    """One data directory with its server, all in the directory `work`; `wrapper` is a command to run `ebi` under."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, wrapper: Sequence[str] = ()) -> None:
+        self._command = [*wrapper, sys.executable, "-m", "plugin.cli", "--data-dir", work / "ebi"]
         self.data_dir = work / "ebi"
         self.socket = work / "csi.sock"
         self.log = work / "server.log"
         self.staging = work / "kubelet" / "staging"
         self.metrics_port = 0
+        self.options: list[str] = []
 
     def ebi(self, *arguments: str | Path, fails: bool = False) -> subprocess.CompletedProcess[str]:
         """Run `ebi` with this node's data directory; what it prints is shown, indented."""
-        command = [sys.executable, "-m", "plugin.cli", "--data-dir", self.data_dir, *arguments]
+        command = [*self._command, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         print("".join(f"    {line}\n" for line in (done.stdout + done.stderr).splitlines()), end="", flush=True)
         assert (done.returncode != 0) == fails, f"ebi {arguments} exited with {done.returncode}"
@@ -39,18 +41,7 @@ class Node:
 
     def image(self, name: str) -> dict[str, Any]:
         """The backing image `name` as `ebi get` tells it."""
-        command = [
-            sys.executable,
-            "-m",
-            "plugin.cli",
-            "--data-dir",
-            self.data_dir,
-            "get",
-            "backingimages",
-            name,
-            "-o",
-            "json",
-        ]
+        command = [*self._command, "get", "backingimages", name, "-o", "json"]
         return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
 
     @contextmanager
@@ -59,7 +50,7 @@ class Node:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.metrics_port = free.getsockname()[1]
-        command = [sys.executable, "-m", "plugin.cli", "--data-dir", self.data_dir, "serve"]
+        command = [*self._command, *self.options, "serve"]
         command += ["--endpoint", f"unix://{self.socket}", "--metrics-address", f"127.0.0.1:{self.metrics_port}"]
         with self.log.open("ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -81,12 +72,15 @@ class Node:
                 os.kill(process.pid, signal.SIGTERM)
             assert process.wait(60) == 0, f"the server ended badly:\n{self.log.read_text()}"
 
+    def metrics(self) -> str:
+        """The metrics endpoint's whole answer."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=60) as answer:
+            return str(answer.read().decode())
+
     def timings(self) -> list[tuple[str, str, int, float]]:
         """What the metrics endpoint tells of time: (metric, its labels, count, seconds in all)."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=60) as answer:
-            text = answer.read().decode()
         rows: dict[tuple[str, str], dict[str, float]] = {}
-        for family in text_string_to_metric_families(text):
+        for family in text_string_to_metric_families(self.metrics()):
             for sample in family.samples:
                 if family.type == "histogram" and sample.name.endswith(("_sum", "_count")):
                     name, _, part = sample.name.rpartition("_")

@@ -1,0 +1,101 @@
+"""A passphrase stays in memory and pipes: hunted through everything that a whole run leaves behind."""
+
+import base64
+import secrets
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+import yaml
+
+from tests.demo import golden
+from tests.demo.__main__ import example
+from tests.demo.node import Node
+
+CANARY = "canary-" + secrets.token_hex(16)
+WRONG = "wrong-" + secrets.token_hex(16)
+MIB = 1 << 20
+
+
+def needles() -> Iterator[bytes]:
+    """The passphrases as they might be written down."""
+    for text in (CANARY, WRONG):
+        raw = text.encode()
+        yield from (raw, base64.b64encode(raw)[:-4], raw.hex().encode(), urllib.parse.quote(text).encode())
+
+
+def readable(folder: Path) -> Iterator[Path]:
+    """The regular files below `folder` of a size that a run of this test may have left."""
+    for file in folder.rglob("*"):
+        if not file.is_symlink() and file.is_file() and file.stat().st_size < 64 * MIB:
+            yield file
+
+
+def secret_file(path: Path, passphrase: str) -> Path:
+    """A Secret document with a cheap key derivation."""
+    data = {"CRYPTO_KEY_VALUE": passphrase, "CRYPTO_PBKDF": "pbkdf2", "CRYPTO_PBKDF_FORCE_ITERATIONS": "1000"}
+    metadata = {"name": "longhorn-crypto", "namespace": "longhorn-system"}
+    path.write_text(yaml.safe_dump({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": data}))
+    return path
+
+
+def test_no_passphrase_is_found_anywhere_after_a_full_run(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    work = home
+    outside = work / "given"  # what the user gives; the only place where the passphrase may stand
+    outside.mkdir()
+    secret, wrong = secret_file(outside / "secret.yaml", CANARY), secret_file(outside / "wrong.yaml", WRONG)
+    trace = work / "execve"  # every argv and environment of every program that is started, from the kernel
+    node = Node(
+        work,
+        [
+            "strace",
+            "--daemonize",
+            "--follow-forks",
+            "--output",
+            str(trace),
+            "--append",
+            "--trace=execve",
+            "-v",
+            "-s",
+            "65536",
+        ],
+    )
+    node.options = ["--log-level", "debug"]
+    tree, raw = work / "tree", work / "golden.raw"
+    tree.mkdir()
+    golden.fill_tree(Path(golden.__file__).parent, tree, MIB)
+    golden.make_raw(tree, raw, 16 * MIB)
+
+    node.ebi("apply", "-f", example("1-download.yaml", work, url=raw.as_uri(), checksum=golden.sha512(raw)))
+    node.ebi("apply", "-f", secret, "-f", example("3-encrypt.yaml", work))
+    node.ebi("apply", "-f", wrong, "-f", example("4-decrypt.yaml", work), fails=True)
+    node.ebi("apply", "-f", secret, "-f", example("4-decrypt.yaml", work))
+    said = []
+    with node.server() as kubelet:
+        parameters = {"encrypted": "true", "backingImage": "parrot-cloned-encrypted"}
+        volume = kubelet.create("canary", 32 * MIB, parameters)
+        staging, target = node.staging / volume, work / "target"
+        given = yaml.safe_load(secret.read_text())["stringData"]
+        for bad in ({**given, "CRYPTO_KEY_VALUE": WRONG}, {**given, "CRYPTO_KEY_PROVIDER": WRONG}):
+            with pytest.raises(grpc.RpcError) as refused:
+                kubelet.stage(volume, staging, bad)
+            said.append(str(refused.value))
+        kubelet.stage(volume, staging, given)
+        kubelet.publish(volume, staging, target)
+        kubelet.unpublish(volume, target)
+        kubelet.unstage(volume, staging)
+        said.append(node.metrics())
+        kubelet.delete(volume)
+    captured = capfd.readouterr()
+    said += [captured.out, captured.err]
+
+    assert trace.read_bytes().count(b"cryptsetup") > 3, "the trace saw nothing"
+    everything = {"what was said": "\n".join(said).encode()}
+    folders = [work, *(Path(name) for name in ("/run", "/tmp", "/var/log", "/dev/shm"))]
+    for file in (file for folder in folders for file in readable(folder) if outside not in file.parents):
+        everything[str(file)] = file.read_bytes()
+    assert str(node.log) in everything
+    found = [(where, needle) for where, text in everything.items() for needle in needles() if needle in text]
+    assert not found
