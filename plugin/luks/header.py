@@ -1,0 +1,100 @@
+"""LUKS2 headers: made and opened by cryptsetup, on a plain file or a device, with no device-mapper.
+
+Keys and passphrases travel by standard input and anonymous memory only. cryptsetup's own lock files are not used:
+whoever calls holds the lock of the volume or image, and a process without root has no place for them.
+"""
+
+import os
+from pathlib import Path
+
+from plugin.errors import EbiError, Kind, exhausted, invalid
+from plugin.host.run import CommandError, run, secret_fd
+from plugin.luks.metadata import Header, is_luks, read, read_fd
+from plugin.luks.parameters import Pbkdf, SecretParameters
+
+# Where the payload starts, as with cryptsetup's defaults: 16 MiB.
+PAYLOAD_OFFSET = 16 << 20
+# cryptsetup(8), "RETURN CODES".
+_WRONG_PASSPHRASE, _OUT_OF_MEMORY = 2, 3
+_NO_QUESTIONS = ("--batch-mode", "--disable-locks")
+
+
+def new_key(parameters: SecretParameters) -> bytes:
+    """A fresh volume key for `parameters`."""
+    return os.urandom(parameters.key_size // 8)
+
+
+def create(
+    path: Path,
+    parameters: SecretParameters,
+    volume_key: bytes,
+    *,
+    sector_size: int,
+    owner: str,
+    cost: Pbkdf | None = None,
+) -> None:
+    """Write a LUKS2 header for `volume_key` into the first 16 MiB of the file or device `path`.
+
+    The payload behind it is not touched. The key derivation costs `cost`, or what `parameters` say; no
+    benchmark runs. Raises INVALID when cryptsetup does not take the parameters, EXHAUSTED without memory to derive.
+    """
+    pbkdf = cost or parameters.pbkdf
+    with secret_fd(volume_key) as fd:
+        argv = ["cryptsetup", "luksFormat", *_NO_QUESTIONS, "--type", "luks2", "--key-file", "-"]
+        argv += ["--cipher", parameters.cipher, "--key-size", str(parameters.key_size), "--hash", parameters.hash]
+        argv += [*pbkdf.arguments(), "--sector-size", str(sector_size), "--offset", str(PAYLOAD_OFFSET // 512)]
+        argv += ["--volume-key-file", f"/proc/self/fd/{fd}"]
+        try:
+            run([*argv, "--", str(path)], stdin=parameters.passphrase, fds=(fd,))
+        except CommandError as error:
+            raise _explained(error, owner, f"cannot make a LUKS2 header for {owner}") from error
+
+
+def volume_key(path: Path, passphrase: bytes, owner: str) -> bytes:
+    """The volume key of the LUKS2 file or device `path`; costs one key derivation.
+
+    Raises INVALID when the passphrase does not open `owner`, EXHAUSTED without memory for the derivation.
+    """
+    argv = ["cryptsetup", "luksDump", *_NO_QUESTIONS, "--dump-volume-key", "--key-file", "-", "--", str(path)]
+    try:
+        text = run(argv, stdin=passphrase).stdout.decode()
+    except CommandError as error:
+        raise _explained(error, owner, f"cannot read the key of {owner}") from error
+    _, found, digits = text.partition("MK dump:")
+    key = bytes.fromhex("".join(digits.split()))
+    if not found or not key:
+        raise EbiError(f"cannot read the key of {owner}", hint="this cryptsetup prints volume keys in another form")
+    return key
+
+
+def test_passphrase(path: Path, passphrase: bytes, owner: str) -> None:
+    """Return if the passphrase opens the LUKS2 file or device `path`; raises as `volume_key` does."""
+    argv = ["cryptsetup", "open", *_NO_QUESTIONS, "--type", "luks2", "--test-passphrase", "--key-file", "-"]
+    try:
+        run([*argv, "--", str(path)], stdin=passphrase)
+    except CommandError as error:
+        raise _explained(error, owner, f"cannot test the passphrase of {owner}") from error
+
+
+def _explained(error: CommandError, owner: str, what: str) -> EbiError:
+    if error.returncode == _WRONG_PASSPHRASE:
+        return invalid(f"the passphrase does not open {owner}", "give the secret that it was encrypted with")
+    if error.returncode == _OUT_OF_MEMORY:
+        return exhausted(
+            f"no memory to derive the key of {owner}", "raise the memory limit, or lower CRYPTO_PBKDF_MEMORY"
+        )
+    kind = Kind.INVALID if error.returncode == 1 else Kind.INTERNAL
+    return EbiError(f"{what}: {error.message}", kind=kind, hint=error.hint)
+
+
+__all__ = [
+    "PAYLOAD_OFFSET",
+    "Header",
+    "create",
+    "is_luks",
+    "new_key",
+    "read",
+    "read_fd",
+    "test_passphrase",
+    "volume_key",
+]

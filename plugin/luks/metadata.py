@@ -1,0 +1,164 @@
+"""LUKS2 headers as they lie on the disk: the binary header and its JSON, both copies, checked before they are believed.
+
+Source: "LUKS2 On-Disk Format Specification", version 1.1.3, chapters 2 and 3.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from plugin.errors import invalid, unsupported
+from plugin.luks.parameters import Pbkdf
+
+_MAGIC = b"LUKS\xba\xbe"
+_SECOND_MAGIC = b"SKUL\xba\xbe"
+# magic, version, header size, sequence id, label, checksum algorithm, salt, uuid, subsystem, header offset, padding,
+# checksum; a pad to 4096 bytes and the JSON area follow.
+_BINARY = struct.Struct(">6sHQQ48s32s64s40s48sQ184s64s")
+_BINARY_SIZE = 4096
+_CHECKSUM = slice(448, 512)
+_SIZES = tuple(1 << power for power in range(14, 23))  # 16 KiB to 4 MiB, binary header included
+_ALGORITHMS = ("sha256", "sha512", "sha384", "sha224", "sha1")
+_SECTOR_SIZES = (512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class Header:
+    """A LUKS2 header with one encrypted segment; offsets and sizes in bytes, `key_size` in bits.
+
+    `payload_size` is None where the payload takes the rest of the device. `pbkdf` is that of the first keyslot, None
+    where there is no keyslot with one (an erased header).
+    """
+
+    uuid: str
+    payload_offset: int
+    payload_size: int | None
+    sector_size: int
+    cipher: str
+    key_size: int
+    iv_tweak: int
+    pbkdf: Pbkdf | None
+    label: str = ""
+    json: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+
+def is_luks(path: Path) -> bool:
+    """Whether `path` starts as a LUKS device does, of whatever version and in whatever state."""
+    with path.open("rb") as file:
+        return file.read(6) == _MAGIC
+
+
+def read(path: Path) -> Header:
+    """The newer one of the two copies of the header that are whole.
+
+    Raises INVALID when `path` holds no LUKS2 header or none that is whole, UNSUPPORTED for a version or a layout that
+    nothing here handles.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return read_fd(fd, str(path))
+    finally:
+        os.close(fd)
+
+
+def read_fd(fd: int, name: str) -> Header:
+    """As `read`, of an open file; `name` is for messages."""
+    head = os.pread(fd, 8, 0)
+    if head[:6] == _MAGIC and head[6:8] == b"\x00\x01":
+        raise unsupported(f"{name} has a LUKS1 header", "convert it with cryptsetup convert --type luks2")
+    copies = [copy for offset, magic in _places() if (copy := _copy(fd, offset, magic)) is not None]
+    if not copies:
+        if head[:6] == _MAGIC:
+            raise invalid(f"the LUKS2 header of {name} is damaged", "restore it from its backup")
+        raise invalid(f"{name} has no LUKS2 header", "is it encrypted?")
+    _, binary, document = max(copies, key=lambda copy: copy[0])
+    try:
+        return _header(binary, document, name)
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError):
+        raise invalid(f"the LUKS2 header of {name} makes no sense", "restore it from its backup") from None
+
+
+def _places() -> list[tuple[int, bytes]]:
+    return [(0, _MAGIC), *((size, _SECOND_MAGIC) for size in _SIZES)]
+
+
+def _copy(fd: int, offset: int, magic: bytes) -> tuple[int, tuple[Any, ...], Any] | None:
+    """(sequence id, binary header, JSON) of the copy at `offset`; None where none is, or a damaged one."""
+    binary = os.pread(fd, _BINARY_SIZE, offset)
+    if len(binary) < _BINARY_SIZE or binary[:6] != magic:
+        return None
+    fields = _BINARY.unpack_from(binary)
+    version, size, sequence, algorithm, at = fields[1], fields[2], fields[3], _string(fields[5]), fields[9]
+    if version != 2 or size not in _SIZES or at != offset or offset not in (0, size) or algorithm not in _ALGORITHMS:
+        return None
+    area = os.pread(fd, size - _BINARY_SIZE, offset + _BINARY_SIZE)
+    blank = bytearray(binary)
+    blank[_CHECKSUM] = bytes(64)
+    digest = hashlib.new(algorithm, blank + area, usedforsecurity=False).digest()
+    if len(area) != size - _BINARY_SIZE or fields[11][: len(digest)] != digest:
+        return None
+    try:
+        return sequence, fields, json.loads(area.split(b"\0", 1)[0])
+    except (ValueError, RecursionError):
+        return None
+
+
+def _header(binary: tuple[Any, ...], document: dict[str, Any], name: str) -> Header:
+    requirements = document["config"].get("requirements", {}).get("mandatory", [])
+    if requirements:
+        raise unsupported(
+            f"the LUKS2 header of {name} requires {', '.join(str(item) for item in requirements)}",
+            "finish a reencryption with cryptsetup reencrypt --resume-only",
+        )
+    segments = document["segments"]
+    if len(segments) != 1:
+        raise unsupported(f"the LUKS2 header of {name} has {len(segments)} segments", "only one is handled")
+    segment = next(iter(segments.values()))
+    if segment["type"] != "crypt" or "integrity" in segment:
+        raise unsupported(f"the payload of {name} is not plainly encrypted", "integrity protection is not handled")
+    sector_size = int(segment["sector_size"])
+    offset, tweak = _count(segment["offset"]), _count(segment["iv_tweak"])
+    size = None if segment["size"] == "dynamic" else _count(segment["size"])
+    if sector_size not in _SECTOR_SIZES or offset % 512 or (size is not None and size % sector_size):
+        raise ValueError
+    slots = sorted(document["keyslots"].items(), key=lambda item: int(item[0]))
+    return Header(
+        uuid=_string(binary[7]),
+        payload_offset=offset,
+        payload_size=size,
+        sector_size=sector_size,
+        cipher=_text(segment["encryption"]),
+        key_size=8 * int(slots[0][1]["key_size"]) if slots else 0,
+        iv_tweak=tweak,
+        pbkdf=next((_pbkdf(slot["kdf"]) for _, slot in slots if slot["type"] == "luks2"), None),
+        label=_string(binary[4]),
+        json=document,
+    )
+
+
+def _pbkdf(kdf: dict[str, Any]) -> Pbkdf:
+    if kdf["type"] == "pbkdf2":
+        return Pbkdf("pbkdf2", int(kdf["iterations"]))
+    return Pbkdf(_text(kdf["type"]), int(kdf["time"]), int(kdf["memory"]), int(kdf["cpus"]))
+
+
+def _count(value: Any) -> int:
+    """A 64-bit number, which the format writes as a string."""
+    number = int(_text(value))
+    if not 0 <= number < 1 << 63:
+        raise ValueError
+    return number
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _string(value: bytes) -> str:
+    return value.split(b"\0", 1)[0].decode("ascii", errors="replace")
