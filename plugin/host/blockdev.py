@@ -50,6 +50,11 @@ def number(path: Path) -> str:
     return f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
 
 
+def kernel_name(device_number: str) -> str:
+    """The kernel's name, such as sda1 or dm-3, of the device MAJOR:MINOR."""
+    return (Path("/sys/dev/block") / device_number).resolve().name
+
+
 def size(path: Path) -> int:
     """Bytes of the device or file `path`."""
     with _opened(path) as fd:

@@ -72,7 +72,7 @@ class Watch:
                 self._look_again()
                 continue
             if device is not None:
-                self._handle(str(device.action), device.sys_name, device.get("DM_NAME"))
+                self._handle(str(device.action), device.sys_name, device.properties.get("DM_NAME"))
 
     def _handle(self, action: str, kernel_name: str, mapper: str | None) -> None:
         if kernel_name.startswith("dm-"):

@@ -13,6 +13,8 @@ from plugin.host.run import CommandError, run, secret_fd
 
 # cryptsetup(8), "RETURN CODES".
 _WRONG_PASSPHRASE, _OUT_OF_MEMORY = 2, 3
+# Without cryptsetup's own lock files: who calls holds the lock of the volume or image.
+_OPEN = ("cryptsetup", "open", "--type", "luks2", "--batch-mode", "--disable-locks", "--disable-keyring")
 
 
 def open_with_passphrase(
@@ -24,9 +26,9 @@ def open_with_passphrase(
     Raises INVALID when the passphrase does not open `owner` ("backing image parrot"), EXHAUSTED when the key
     derivation found no memory.
     """
-    argv = ["cryptsetup", "open", "--type", "luks2", "--disable-keyring", "--key-file", "-", *flags]
+    argv = [*_OPEN, "--key-file", "-", *flags, *(["--readonly"] if readonly else [])]
     try:
-        run([*argv, *(["--readonly"] if readonly else []), "--", str(device), name], stdin=passphrase)
+        run([*argv, "--", str(device), name], stdin=passphrase)
     except CommandError as error:
         raise _explained(error, owner) from error
     dm.appeared(name)
@@ -53,7 +55,7 @@ def open_with_key(device: Path, name: str, volume_key: bytes, owner: str, *, fla
 
 def resize(name: str) -> None:
     """Have the open mapper `name` take all of the device under it."""
-    run(["cryptsetup", "resize", "--disable-keyring", name])
+    run(["cryptsetup", "resize", "--disable-locks", "--disable-keyring", name])
 
 
 def close(name: str) -> None:

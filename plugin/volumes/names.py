@@ -1,0 +1,45 @@
+"""The names of a volume's mappers, and of volumes."""
+
+import hashlib
+import re
+
+from plugin.host.udev import PREFIX
+
+_ID = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")
+TOP = f"{PREFIX}vol-"
+STORE = f"{PREFIX}cow-"
+BASE = f"{PREFIX}base-"
+IMAGE = f"{PREFIX}img-"
+
+
+def top(volume: str) -> str:
+    """The device that is mounted or published."""
+    return TOP + volume
+
+
+def store(volume: str) -> str:
+    """What was written: the store of the snapshot."""
+    return STORE + volume
+
+
+def base(volume: str) -> str:
+    """The image as this volume sees it: holes and the rest up to the volume's size as zeros."""
+    return BASE + volume
+
+
+def image(uuid: str) -> str:
+    """The image's content, one device a node."""
+    return IMAGE + uuid
+
+
+def is_volume_id(text: str) -> bool:
+    """Whether `text` can be a volume's id: a part of a path, a mapper's name and a label."""
+    return _ID.fullmatch(text) is not None
+
+
+def volume_id(name: str) -> str:
+    """The id of the volume named `name`: the name itself where that can be one, else its letters and a hash."""
+    if is_volume_id(name):
+        return name
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower())[:40].strip("-") or "volume"
+    return f"{slug}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"

@@ -1,0 +1,297 @@
+"""The node's side: a volume is staged (mapped, its filesystem mounted), published at paths, and taken down again.
+
+Each call first looks at what is there and does only what is missing, so that one cut short is finished by the next.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from plugin import events
+from plugin.errors import EbiError, exists, not_found, out_of_range, precondition
+from plugin.host import blockdev, dm, mounts
+from plugin.host.lock import locked
+from plugin.images import BackingImage, Images
+from plugin.settings import Settings
+from plugin.volumes import assemble, filesystem, names, paths, usage
+from plugin.volumes.assemble import Keys
+from plugin.volumes.capability import Capability
+from plugin.volumes.parameters import parse
+from plugin.volumes.record import Records, Volume
+from plugin.volumes.stack import Stack, take_down
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Node:
+    """Stages and publishes the volumes of `records`, and devices that another system attaches."""
+
+    records: Records
+    images: Images
+    settings: Settings
+
+    @contextmanager
+    def operation(self, volume: str) -> Iterator[None]:
+        """The only operation on the volume. Raises BUSY, and NOT_FOUND for what can't be an id."""
+        directory = self.records.directory(volume)
+        with locked(directory, f"volume {volume}"):
+            try:
+                yield
+            finally:
+                # A volume of another system has nothing here but the lock.
+                if directory.exists() and not any(directory.iterdir()):
+                    directory.rmdir()
+
+    def stage(
+        self,
+        volume: str,
+        staging: Path,
+        capability: Capability,
+        secrets: Mapping[str, str],
+        context: Mapping[str, str],
+    ) -> None:
+        """Map the volume, and mount its filesystem at `staging` unless it is for raw use."""
+        staging = paths.checked(staging, "staging path", self.settings.target_root)
+        capability.check()
+        with self.operation(volume):
+            if self._is_staged(volume, staging, capability):
+                return
+            record = self.records.find(volume)
+            if record is not None:
+                self._stage_ours(record, staging, capability, secrets)
+            else:
+                self._stage_attached(volume, staging, capability, secrets, context)
+
+    def _is_staged(self, volume: str, staging: Path, capability: Capability) -> bool:
+        found = mounts.at(staging)
+        if capability.block:
+            mounted = usage.filesystems(volume)
+            if mounted:
+                raise exists(
+                    f"volume {volume} is staged as a filesystem at {mounted[0].target}",
+                    "unstage it before using it raw",
+                )
+            return False  # its stack says the rest
+        if usage.devices(volume):
+            raise exists(f"volume {volume} is staged as a raw device", "unstage it before mounting it")
+        if found is None:
+            return False
+        if not usage.is_filesystem(found, volume):
+            raise exists(f"{staging} has {found.source} mounted, not volume {volume}", "unmount that first")
+        if dm.find(names.top(volume)) is None:
+            log.warning("unmounting %s: the device of volume %s is gone", staging, volume)
+            mounts.unmount(staging)
+            return False
+        if capability.fs_type not in ("", found.fs_type) or ("ro" in capability.options) != ("ro" in found.options):
+            raise exists(
+                f"volume {volume} is staged at {staging} with another capability: {found.fs_type},"
+                f" {','.join(sorted(found.options))}",
+                "unstage it first",
+            )
+        return True
+
+    def _stage_ours(
+        self,
+        record: Volume,
+        staging: Path,
+        capability: Capability,
+        secrets: Mapping[str, str],
+    ) -> None:
+        image = self._image(record)
+        if not record.formatted:
+            take_down(_mappers(record.id))  # half made by one that was cut short, under who knows which key
+        stack = assemble.volume(record, image, Keys(secrets, record.described), block=capability.block)
+        with stack.built():
+            device = dm.path(stack.top)
+            if not record.formatted:
+                if image is None and not capability.block:
+                    fs_type = capability.fs_type or record.fs_type or "ext4"
+                    filesystem.make(device, fs_type, record.mkfs_options)
+                blockdev.flush(device)
+                record = self.records.save(record, formatted=True)
+            if not capability.block:
+                wanted = capability.fs_type or record.fs_type
+                self._mount(record.id, staging, wanted, capability.options)
+
+    def _stage_attached(
+        self,
+        volume: str,
+        staging: Path,
+        capability: Capability,
+        secrets: Mapping[str, str],
+        context: Mapping[str, str],
+    ) -> None:
+        device = self._device(volume)
+        if device is None:
+            raise not_found(f"volume {volume} does not exist", "see ebi get volumes, or is its device attached here?")
+        encrypted = parse({"encrypted": context.get("encrypted", "")}).encrypted
+        stack = assemble.attached(volume, device, Keys(secrets, f"encrypted volume {volume}"), encrypted=encrypted)
+        with stack.built():
+            if not capability.block:
+                self._mount(volume, staging, capability.fs_type, capability.options)
+
+    def _mount(self, volume: str, staging: Path, wanted: str, options: tuple[str, ...]) -> None:
+        device, owner = dm.path(names.top(volume)), f"volume {volume}"
+        if not staging.is_dir():
+            raise not_found(f"there is no staging directory {staging}", "the orchestrator makes it")
+        found = filesystem.find(device, wanted, owner)
+        if usage.filesystems(volume):  # at another path, in use: nothing to check or to grow
+            filesystem.mount(device, staging, found.type, options, owner)
+            return
+        filesystem.check(device, found.type, owner)
+        short = "ro" not in options and filesystem.is_short(device)
+        filesystem.mount(device, staging, found.type, options, owner)
+        try:
+            if short:
+                with events.step("grow"):
+                    filesystem.grow(device, found.type, staging)
+        except BaseException:
+            mounts.unmount(staging)
+            raise
+
+    def unstage(self, volume: str, staging: Path) -> None:
+        """Unmount the volume from `staging` and take its devices away; what is not there is fine."""
+        staging = paths.checked(staging, "staging path")
+        with self.operation(volume):
+            published = usage.published(volume, staging)
+            if published:
+                raise precondition(
+                    f"volume {volume} is still published at {', '.join(map(str, sorted(published)))}",
+                    "unpublish it first",
+                )
+            found = mounts.at(staging)
+            if found is not None and usage.is_filesystem(found, volume):
+                with events.step("unmount"):
+                    mounts.unmount(staging)
+            take_down(_mappers(volume))
+
+    def publish(self, volume: str, staging: Path, target: Path, capability: Capability, readonly: bool) -> None:
+        """Show the staged volume at `target`: a directory, or a file for raw use; `readonly` for looking only."""
+        target = paths.checked(target, "target path", self.settings.target_root)
+        readonly = readonly or capability.access.reads_only
+        with self.operation(volume):
+            self._must_exist(volume)
+            source = self._source(volume, staging, capability)
+            found = mounts.at(target)
+            if found is not None:
+                ours = usage.is_device(found, volume) if capability.block else usage.is_filesystem(found, volume)
+                if not ours:
+                    raise exists(f"{target} has {found.source} mounted, not volume {volume}", "unpublish that first")
+                if readonly != ("ro" in found.options):
+                    raise exists(
+                        f"volume {volume} is published at {target} {'for writing' if readonly else 'read-only'}",
+                        "unpublish it first",
+                    )
+                return
+            others = usage.published(volume, staging)
+            if others and capability.access.one_path:
+                raise precondition(
+                    f"volume {volume} is published at {min(others)} already, and its access mode"
+                    f" {capability.access.value} allows one path",
+                    "unpublish it there, or use SINGLE_NODE_MULTI_WRITER",
+                )
+            made = paths.make_target(target, block=capability.block)
+            try:
+                with events.step("mount"):
+                    mounts.bind(source, target, readonly=readonly)
+            except BaseException:
+                if made:
+                    paths.remove_target(target)
+                raise
+
+    def _source(self, volume: str, staging: Path, capability: Capability) -> Path:
+        device = dm.find(names.top(volume))
+        if device is None:
+            raise precondition(f"volume {volume} is not staged", "stage it first")
+        if capability.block:
+            if usage.filesystems(volume):
+                raise exists(f"volume {volume} is staged as a filesystem", "unstage it before using it raw")
+            return device.path.resolve()
+        staging = paths.checked(staging, "staging path", self.settings.target_root)
+        found = mounts.at(staging)
+        if found is None or not usage.is_filesystem(found, volume):
+            raise precondition(f"volume {volume} is not staged at {staging}", "stage it there first")
+        return staging
+
+    def unpublish(self, volume: str, target: Path) -> None:
+        """Take the volume away from `target`, and `target` with it; what is not there is fine."""
+        target = paths.checked(target, "target path")
+        with self.operation(volume):
+            found = mounts.at(target)
+            if found is not None:
+                if not usage.is_filesystem(found, volume) and not usage.is_device(found, volume):
+                    raise exists(f"{target} has {found.source} mounted, not volume {volume}", "it is left alone")
+                with events.step("unmount"):
+                    mounts.unmount(target)
+            paths.remove_target(target)
+
+    def expand(self, volume: str, path: Path, capacity: int) -> int:
+        """Have the mapped volume and its filesystem take the volume's present size; returns that, in bytes.
+
+        Raises OUT_OF_RANGE when `capacity` is more than the volume was made or grown to.
+        """
+        with self.operation(volume):
+            self._must_exist(volume)
+            shown = {mount.target: mount for mount in usage.filesystems(volume) + usage.devices(volume)}
+            mapper = dm.find(names.top(volume))
+            where = mounts.canonical(path)
+            if mapper is None or (shown and where not in shown):
+                raise not_found(f"volume {volume} is not at {path}", "stage and publish it first")
+            record = self.records.find(volume)
+            if record is not None and capacity > record.capacity:
+                raise out_of_range(
+                    f"volume {volume} has {record.capacity} bytes, {capacity} are asked for",
+                    "ControllerExpandVolume comes first",
+                )
+            stack = self.stack(volume)
+            wanted = record.capacity if record is not None else capacity
+            writable = next((mount for mount in usage.filesystems(volume) if not mount.readonly), None)
+            with events.step("grow"):
+                stack.grow(wanted)
+                if writable is not None:
+                    filesystem.grow(mapper.path, writable.fs_type, writable.target)
+            return wanted or blockdev.size(mapper.path)
+
+    def stack(self, volume: str) -> Stack:
+        """The volume's stack, for looking at it and growing it; it holds no secret. Raises NOT_FOUND."""
+        record = self.records.find(volume)
+        none = Keys({}, f"volume {volume}")
+        if record is not None:
+            return assemble.volume(record, self._image(record), none)
+        device = self._device(volume)
+        if device is None:
+            raise not_found(f"volume {volume} does not exist", "see ebi get volumes")
+        mapper = dm.find(names.top(volume))
+        return assemble.mapped(volume, device, none, encrypted=mapper is not None and mapper.uuid.startswith("CRYPT-"))
+
+    def _must_exist(self, volume: str) -> None:
+        if self.records.find(volume) is None and self._device(volume) is None and not dm.find(names.top(volume)):
+            raise not_found(f"volume {volume} does not exist", "see ebi get volumes")
+
+    def _device(self, volume: str) -> Path | None:
+        if not self.settings.device_template:
+            return None
+        path = Path(self.settings.device_template.format(volume=volume))
+        try:
+            blockdev.number(path)
+        except EbiError:
+            return None
+        return path
+
+    def _image(self, record: Volume) -> BackingImage | None:
+        if not record.image:
+            return None
+        image = self.images.get(record.image)
+        if image.uuid != record.image_uuid:
+            raise precondition(
+                f"backing image {record.image} is not the one that {record.described} was made from",
+                f"the volume needs the image with uuid {record.image_uuid}",
+            )
+        return image
+
+
+def _mappers(volume: str) -> list[str]:
+    return [names.top(volume), names.store(volume), names.base(volume)]

@@ -1,0 +1,137 @@
+"""The durable facts of a volume: what was asked for, and whether it was ever formatted. Nothing of what is mounted."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+from plugin.errors import not_found
+from plugin.host import dm
+from plugin.host.files import read_json, write_json
+from plugin.volumes import names, tables
+
+RECORD = "record.json"
+DATA = "volume.img"
+LUKS_HEADER = 16 << 20  # bytes before the payload, as cryptsetup makes it
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One volume: `capacity` is what can be used of it in bytes, `chunk` the snapshot's grain in bytes.
+
+    `formatted` says that its header, store and filesystem were once made: then nothing is ever formatted again.
+    """
+
+    id: str
+    name: str
+    capacity: int
+    encrypted: bool
+    created: str
+    chunk: int
+    image: str = ""
+    image_uuid: str = ""
+    fs_type: str = ""
+    mkfs_options: tuple[str, ...] = ()
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    formatted: bool = False
+    directory: Path = field(default=Path(), compare=False)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], directory: Path) -> Self:
+        """The volume that `to_json` wrote; what a later version added is left out."""
+        known = {item.name for item in fields(cls)}
+        values = {key: item for key, item in value.items() if key in known}
+        return cls(**{**values, "mkfs_options": tuple(value["mkfs_options"]), "directory": directory})
+
+    def to_json(self) -> dict[str, Any]:
+        """What is kept on the disk."""
+        value = asdict(self)
+        del value["directory"]
+        return value
+
+    @property
+    def path(self) -> Path:
+        """The file that holds it."""
+        return self.directory / DATA
+
+    @property
+    def header_size(self) -> int:
+        """Bytes of its file before what the mapper shows."""
+        return LUKS_HEADER if self.encrypted else 0
+
+    @property
+    def file_size(self) -> int:
+        """Bytes that its file must have: they come on top of what can be used."""
+        payload = tables.store_size(self.capacity, self.chunk) if self.image else self.capacity
+        return self.header_size + payload
+
+    @property
+    def described(self) -> str:
+        """Its name for messages."""
+        return f"{'encrypted ' if self.encrypted else ''}volume {self.id}"
+
+    @property
+    def state(self) -> str:
+        """`attached` while its device is mapped on this node, else `detached`."""
+        return "attached" if dm.find(names.top(self.id)) else "detached"
+
+    def to_object(self) -> dict[str, Any]:
+        """The volume as `ebi get` shows it."""
+        try:
+            real_size = self.path.stat().st_blocks * 512
+        except FileNotFoundError:
+            real_size = 0
+        return {
+            "apiVersion": "ebi/v1",
+            "kind": "Volume",
+            "metadata": {"name": self.id, "creationTimestamp": self.created},
+            "spec": {
+                "capacity": self.capacity,
+                "backingImage": self.image,
+                "encrypted": self.encrypted,
+                "parameters": dict(self.parameters),
+            },
+            "status": {"state": self.state, "realSize": real_size, "formatted": self.formatted},
+        }
+
+
+class Records:
+    """The volumes below `root`: `<root>/<id>/record.json` makes one exist."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def directory(self, volume: str) -> Path:
+        """Where the volume with this id is kept. Raises NOT_FOUND for what can't be an id, such as a path."""
+        if not names.is_volume_id(volume):
+            raise not_found(f"volume {volume!r} does not exist", "see ebi get volumes")
+        return self.root / volume
+
+    def find(self, volume: str) -> Volume | None:
+        """The volume with this id, if there is one."""
+        if not names.is_volume_id(volume):
+            return None
+        directory = self.directory(volume)
+        value = read_json(directory / RECORD)
+        return Volume.from_json(value, directory) if value is not None else None
+
+    def get(self, volume: str) -> Volume:
+        """The volume with this id. Raises NOT_FOUND."""
+        found = self.find(volume)
+        if found is None:
+            raise not_found(f"volume {volume} does not exist", "see ebi get volumes")
+        return found
+
+    def every(self) -> Iterator[Volume]:
+        """All volumes, by id."""
+        if self.root.is_dir():
+            for entry in sorted(self.root.iterdir()):
+                found = self.find(entry.name)
+                if found is not None:
+                    yield found
+
+    def save(self, volume: Volume, **changes: Any) -> Volume:
+        """Keep `volume` with `changes`, on the disk when this returns."""
+        changed = replace(volume, **changes)
+        write_json(changed.directory / RECORD, changed.to_json())
+        return changed

@@ -1,0 +1,96 @@
+"""A list of layers, lowest first, taken up and down as one."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from plugin import events
+from plugin.errors import EbiError, unavailable
+from plugin.host import dm
+from plugin.volumes import imagemap
+from plugin.volumes.layers import Base, Crypt, Layer, Linear, Snapshot, ensure
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The devices of one volume; the last layer is the one that is used."""
+
+    layers: Sequence[Layer]
+
+    @property
+    def top(self) -> str:
+        """The mapper that is mounted or published."""
+        return self.layers[-1].name
+
+    def is_up(self) -> bool:
+        """Whether every layer is there, right, and not suspended."""
+        mappers = [dm.find(layer.name) for layer in self.layers]
+        return all(
+            mapper is not None and not mapper.suspended and layer.fits(mapper)
+            for layer, mapper in zip(self.layers, mappers, strict=True)
+        )
+
+    @contextmanager
+    def built(self) -> Iterator[None]:
+        """Every layer there and right. Should this or the block fail, what was made here is taken away again."""
+        made: list[str] = []
+        try:
+            self._clear()
+            for layer in self.layers:
+                if ensure(layer):
+                    made.append(layer.name)
+            yield
+        except BaseException:
+            try:
+                take_down(made[::-1])
+            except EbiError as error:  # the first failure is the one to tell
+                log.warning("%s", error)
+            raise
+
+    def _clear(self) -> None:
+        """Remove the layers above one that is absent or wrong, and the wrong one: they stand on nothing."""
+        for index, layer in enumerate(self.layers):
+            mapper = dm.find(layer.name)
+            if mapper is None or not layer.fits(mapper):
+                above = [other.name for other in reversed(self.layers[index:]) if dm.find(other.name)]
+                if above:
+                    log.warning("removing %s: what it stood on is gone", ", ".join(above))
+                    take_down(above)
+                return
+
+    def grow(self, capacity: int) -> None:
+        """Have every layer take the present size of what is below it, down to up, under running I/O.
+
+        Raises UNAVAILABLE when the top device has not reached `capacity` bytes afterwards.
+        """
+        mapper = dm.find(self.top)
+        if mapper is not None and mapper.size >= capacity > 0 and not mapper.suspended:
+            return
+        for layer in self.layers:
+            if isinstance(layer, Crypt | Linear):
+                layer.grow()
+        pair = [layer for layer in self.layers if isinstance(layer, Base | Snapshot)]
+        for layer in pair:
+            layer.load()
+        if pair:
+            # The snapshot hands its exceptions over to the new table, so it must stand still when the base changes.
+            dm.suspend(self.top)
+            for layer in pair:
+                dm.resume(layer.name)
+        mapper = dm.find(self.top)
+        if mapper is None or mapper.size < capacity:
+            raise unavailable(
+                f"the device {self.top} has {mapper.size if mapper else 0} bytes, not {capacity}",
+                "has the device under it grown?",
+            )
+
+
+def take_down(names: Sequence[str]) -> None:
+    """Remove the mappers `names`, uppermost first, and images that nothing stands on. Raises PRECONDITION on use."""
+    with events.step("unmap"):
+        for name in names:
+            dm.remove(name)
+        imagemap.release_idle()
