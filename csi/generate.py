@@ -12,7 +12,7 @@ FILES = ("csi", "registration")
 
 def generate(target: Path) -> None:
     """Write the stubs of every file in proto/ into `target`. Needs grpcio-tools."""
-    from grpc_tools import protoc  # noqa: PLC0415: a tool of developers
+    from grpc_tools import protoc
 
     target.mkdir(parents=True, exist_ok=True)
     own = str(resources.files("grpc_tools") / "_proto")
@@ -24,7 +24,9 @@ def generate(target: Path) -> None:
     for name in FILES:
         # protoc writes imports for a flat path; ours is a package.
         file = target / f"{name}_pb2_grpc.py"
-        file.write_text(re.sub(rf"^import {name}_pb2 as", f"from csi.stubs import {name}_pb2 as", file.read_text(), flags=re.M))
+        file.write_text(
+            re.sub(rf"^import {name}_pb2 as", f"from csi.stubs import {name}_pb2 as", file.read_text(), flags=re.M)
+        )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,15 @@ from typing import TypeAlias
 
 
 @dataclass(frozen=True)
+class Call:
+    """One CSI call that has ended: its method, gRPC's name of its status, `seconds` of wall time."""
+
+    method: str
+    code: str
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Step:
     """One step of a stage, publish or expand, e.g. `unlock_image`; `seconds` of wall time."""
 
@@ -38,7 +47,7 @@ class DeviceEvent:
     lost: bool = False
 
 
-Event: TypeAlias = Step | ImageOperation | DeviceEvent
+Event: TypeAlias = Call | Step | ImageOperation | DeviceEvent
 _subscribers: list[Callable[[Event], None]] = []
 
 

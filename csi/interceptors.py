@@ -1,0 +1,94 @@
+"""Around every call: its log line, its time, its errors in gRPC's words, and the door while the server starts."""
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+
+from csi.redact import redacted
+from plugin import events
+from plugin.errors import EbiError, Kind, unavailable
+
+log = logging.getLogger(__name__)
+
+CODES = {
+    Kind.INTERNAL: grpc.StatusCode.INTERNAL,
+    Kind.INVALID: grpc.StatusCode.INVALID_ARGUMENT,
+    Kind.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
+    Kind.EXISTS: grpc.StatusCode.ALREADY_EXISTS,
+    Kind.PRECONDITION: grpc.StatusCode.FAILED_PRECONDITION,
+    Kind.BUSY: grpc.StatusCode.ABORTED,
+    Kind.EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Kind.OUT_OF_RANGE: grpc.StatusCode.OUT_OF_RANGE,
+    Kind.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    Kind.UNSUPPORTED: grpc.StatusCode.UNIMPLEMENTED,
+    Kind.CANCELLED: grpc.StatusCode.CANCELLED,
+}
+
+
+class Calls(grpc.ServerInterceptor):
+    """Wraps every method; until `ready` is set only Identity is answered. `running` counts calls under way."""
+
+    def __init__(self, ready: threading.Event) -> None:
+        self._ready = ready
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self.running = 0
+
+    def intercept_service(self, continuation: Callable[..., Any], details: grpc.HandlerCallDetails) -> Any:
+        """The method's handler, wrapped."""
+        handler = continuation(details)
+        if handler is None or handler.unary_unary is None:
+            return handler
+        service, _, method = details.method.rpartition("/")
+
+        def call(request: Any, context: grpc.ServicerContext) -> Any:
+            with self._counted():
+                return self._call(handler.unary_unary, service, method, request, context)
+
+        return grpc.unary_unary_rpc_method_handler(
+            call, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
+        )
+
+    @contextmanager
+    def _counted(self) -> Any:
+        with self._lock:
+            self.running += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.running -= 1
+
+    def _call(
+        self, method: Callable[..., Any], service: str, name: str, request: Any, context: grpc.ServicerContext
+    ) -> Any:
+        number = next(self._numbers)
+        log.info("call %d: %s %s", number, name, redacted(request))
+        start = time.monotonic()
+        code = grpc.StatusCode.OK
+        try:
+            if not self._ready.is_set() and not service.endswith("Identity"):
+                raise unavailable("the driver is starting", "try again in a moment")
+            response = method(request, context)
+            log.debug("call %d: answer %s", number, redacted(response))
+            return response
+        except EbiError as error:
+            code = CODES[error.kind]
+            log.log(logging.ERROR if error.kind is Kind.INTERNAL else logging.WARNING, "call %d: %s", number, error)
+            failure = str(error)
+        except Exception:
+            code = grpc.StatusCode.INTERNAL
+            log.exception("call %d failed", number)
+            failure = f"internal error in call {number}; the driver's log has it"
+        finally:
+            seconds = time.monotonic() - start
+            log.info("call %d: %s %s in %.3f s", number, name, code.name, seconds)
+            events.publish(events.Call(name, code.name, seconds))
+        context.abort(code, failure)
+        raise AssertionError  # abort never returns
