@@ -64,11 +64,7 @@ def serve(volumes: Volumes, images: Images, settings: Settings) -> None:
 
 def socket_path(endpoint: str) -> Path:
     """The path of a unix endpoint: `unix:///path`, `unix:/path` or a plain path. Raises INVALID."""
-    path = Path(
-        endpoint.removeprefix("unix:").replace("//", "", 1)
-        if endpoint.startswith("unix://")
-        else endpoint.removeprefix("unix:")
-    )
+    path = Path(endpoint.removeprefix("unix://").removeprefix("unix:"))
     if not path.is_absolute():
         raise invalid(f"the endpoint {endpoint!r} is no unix socket", "give one such as unix:///run/ebi/csi.sock")
     return path
