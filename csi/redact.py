@@ -1,9 +1,13 @@
 """Messages as they may be logged: what the descriptors mark as secret is struck out, and mount flags with it."""
 
+from typing import Any
+
 from google.protobuf.message import Message
 
 from csi.stubs import csi_pb2
 
+# Generated code is typed too loosely here for mypy.
+_SECRET: Any = csi_pb2.csi_secret
 _STRUCK = "***stripped***"
 # The specification does not mark them, but says that they may hold sensitive information.
 _FLAGS = csi_pb2.VolumeCapability.MountVolume.DESCRIPTOR.fields_by_name["mount_flags"].full_name
@@ -20,7 +24,7 @@ def redacted(message: Message) -> str:
 def _strike(message: Message) -> None:
     for field, value in message.ListFields():
         is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
-        if field.GetOptions().Extensions[csi_pb2.csi_secret] or field.full_name == _FLAGS:
+        if field.GetOptions().Extensions[_SECRET] or field.full_name == _FLAGS:
             if is_map:
                 for key in value:
                     value[key] = _STRUCK

@@ -41,7 +41,7 @@ def serve(volumes: Volumes, images: Images, settings: Settings) -> None:
     calls = Calls(ready)
     path = socket_path(settings.endpoint)
     with metrics.exported(settings, images), ThreadPoolExecutor(_THREADS, "call") as pool:
-        server = grpc.server(pool, interceptors=(calls,))
+        server = grpc.server(pool, interceptors=[calls])
         csi_pb2_grpc.add_IdentityServicer_to_server(Identity(settings, ready), server)
         csi_pb2_grpc.add_ControllerServicer_to_server(Controller(volumes, settings), server)
         csi_pb2_grpc.add_NodeServicer_to_server(Node(volumes, settings), server)

@@ -1,6 +1,7 @@
 """`ebi get`: show backing images and volumes."""
 
 from argparse import Namespace
+from collections.abc import Sequence
 from typing import Any
 
 from plugin.cli import output
@@ -48,7 +49,7 @@ def run(arguments: Namespace, settings: Settings) -> int:
     """Print the object named, or all of its kind."""
     images = Images(settings.data_dir / "images", settings)
     store: Images | Volumes = images
-    columns = _IMAGE_COLUMNS
+    columns: Sequence[Column] = _IMAGE_COLUMNS
     if arguments.kind in VOLUMES:
         store = Volumes(settings.data_dir / "volumes", images, settings)
         columns = _VOLUME_COLUMNS
