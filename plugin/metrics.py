@@ -98,7 +98,7 @@ class _Gauges(Collector):
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Images by state, mapped devices by kind, the store's size and free space."""
         states = GaugeMetricFamily("ebi_images", "Backing images", labels=("state",))
-        found = [image.state for image in self._images.list()]
+        found = [str(image.status.state) for image in self._images.list()]
         for state in _STATES:
             states.add_metric((state,), found.count(state))
         yield states
