@@ -13,10 +13,11 @@ from plugin.errors import busy
 
 
 @contextmanager
-def locked(directory: Path, what: str) -> Iterator[None]:
+def locked(directory: Path, what: str, *, shared: bool = False) -> Iterator[None]:
     """Hold the only operation on the object `what`, kept in `directory`, which is made if absent.
 
-    Raises BUSY when another one is under way. The holder may remove the directory.
+    `shared`: hold it together with other shared holders, who use the object and do not change it. Raises BUSY when
+    another operation is under way. The only holder may remove the directory.
     """
     while True:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -25,7 +26,7 @@ def locked(directory: Path, what: str) -> Iterator[None]:
         except FileNotFoundError:
             continue
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             # The holder before us may have removed the directory: then this is the lock of nothing.
             current = directory.stat() if directory.exists() else None
             if current is None or current.st_ino != os.fstat(fd).st_ino:

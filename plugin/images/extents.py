@@ -1,0 +1,77 @@
+"""Which parts of a disk hold data: computed, kept beside an encrypted file, found again from the file alone.
+
+In an encrypted file a hole of the file is a hole of the disk. A ciphertext sector of zeros is no proof against itself:
+that a sector of random-looking bytes comes out as zeros has a chance of 2^-32768. So the map can be rebuilt.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from plugin.host.files import Extent, data_extents, read_json, write_json
+
+# A shorter hole is filled: it would cost a segment of a device table and save next to nothing.
+SHORTEST_HOLE = 64 << 10
+BLOCK = 4096
+_CHUNK = 4 << 20
+
+
+def normalised(runs: Iterable[Extent], size: int) -> Iterator[Extent]:
+    """`runs`, in order, widened to whole blocks of 4096 bytes within `size`, those closer than 64 KiB made one."""
+    start = end = -1
+    for run in runs:
+        first, last = run.start // BLOCK * BLOCK, min(-(-run.end // BLOCK) * BLOCK, size)
+        if last <= first:
+            continue
+        if end < 0:
+            start, end = first, last
+        elif first - end < SHORTEST_HOLE:
+            end = max(end, last)
+        else:
+            yield Extent(start, end - start)
+            start, end = first, last
+    if end >= 0:
+        yield Extent(start, end - start)
+
+
+def total(runs: Iterable[Extent]) -> int:
+    """Bytes in all `runs`."""
+    return sum(run.length for run in runs)
+
+
+def save(path: Path, runs: Iterable[Extent], size: int) -> None:
+    """Keep the map of a disk of `size` bytes in the file `path`."""
+    write_json(path, {"size": size, "data": " ".join(f"{run.start}+{run.length}" for run in runs)})
+
+
+def load(path: Path, size: int) -> list[Extent] | None:
+    """What `save` wrote; None where there is no such file, or none for a disk of `size` bytes."""
+    try:
+        value = read_json(path)
+        if value is None or value["size"] != size:
+            return None
+        runs = [Extent(*(int(number) for number in text.split("+"))) for text in value["data"].split()]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+    at = 0
+    for run in runs:
+        if run.start < at or run.length <= 0 or run.end > size:
+            return None
+        at = run.end
+    return runs
+
+
+def rebuilt(fd: int, base: int, size: int) -> list[Extent]:
+    """The map of the disk of `size` bytes whose ciphertext lies in the file `fd` from `base` on, from that alone."""
+    return list(normalised(_not_zero(fd, base, size), size))
+
+
+def _not_zero(fd: int, base: int, size: int) -> Iterator[Extent]:
+    zeros = bytes(BLOCK)
+    for run in data_extents(fd, base, base + size):
+        for at in range(run.start, run.end, _CHUNK):
+            data = os.pread(fd, min(_CHUNK, run.end - at), at)
+            for inside in range(0, len(data), BLOCK):
+                block = data[inside : inside + BLOCK]
+                if block != zeros[: len(block)]:
+                    yield Extent(at + inside - base, len(block))

@@ -1,0 +1,238 @@
+"""What is done to make an image: download, clone, encrypt, decrypt, unpack. Each writes one new file, from one source.
+
+None needs root, a loop device or device-mapper, and none makes a temporary file beside its result.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from plugin.errors import exhausted, invalid
+from plugin.host.files import Extent, data_extents
+from plugin.images import engine, extents, formats, http
+from plugin.images.disk import CipherSpec, Disk, Source
+from plugin.images.formats import Format
+from plugin.images.image import BackingImage
+from plugin.images.progress import Reporter
+from plugin.images.target import Target, TargetSpec, open_direct
+from plugin.luks import header
+from plugin.luks.parameters import SecretParameters
+from plugin.luks.sectors import HEAD, sector_size
+from plugin.settings import Settings
+
+_FICLONE = 0x4004_9409  # linux/fs.h
+_SPARE = 16 << 20  # bytes of disk left for records, maps and the filesystem's own needs
+
+
+@dataclass(frozen=True)
+class Made:
+    """What came of an operation: the file's format, the plain disk's size in bytes, and what is known besides.
+
+    `checksum` is the SHA-512 of the file, empty if it was not asked for; `runs` is the extent map of an encrypted disk.
+    """
+
+    format: Format
+    virtual_size: int
+    checksum: str = ""
+    runs: list[Extent] | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where an operation writes and to whom it tells how far it is."""
+
+    path: Path
+    owner: str
+    settings: Settings
+    report: Reporter
+
+
+Operation = Callable[[Work], Made]
+
+
+def download(url: str, checksum: str) -> Operation:
+    """The file at `url`, kept as it is; `checksum` is the SHA-512 that it must have, empty if that is not known."""
+
+    def run(work: Work) -> Made:
+        with http.download(url, work.settings) as found, _created(work.path) as fd:
+            work.report.expect(found.size or 0)
+            _check_space(fd, found.size or 0, work.owner)
+            digest = _received(found.pieces, fd, work.report.advance, hashed=bool(checksum))
+            os.fsync(fd)
+        if digest != checksum:
+            raise invalid(
+                f"the checksum of {work.owner} is {digest}, and {checksum} was expected",
+                "is it another version of the file, or was it changed on the way?",
+            )
+        form = formats.detect(work.path)
+        with formats.opened(work.path, form) as source:
+            # Every number in a foreign file's tables is checked once, here, before anyone relies on it.
+            runs = list(extents.normalised(source.extents(), source.size)) if form is not Format.RAW else None
+            return Made(form, source.size, digest, runs if form is Format.LUKS else None)
+
+    return run
+
+
+def clone(image: BackingImage) -> Operation:
+    """The file of `image` once more, byte for byte: shared where the filesystem can, copied otherwise."""
+
+    def run(work: Work) -> Made:
+        runs = image.extents() if image.encrypted else None
+        made = Made(image.status.format, image.virtual_size, image.status.checksum, runs)
+        with _created(work.path) as fd, image.path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            work.report.expect(size)
+            if not _shared(file.fileno(), fd):
+                _copy(Disk(file.fileno(), size), fd, work, list(data_extents(file.fileno())), size=size)
+            os.fsync(fd)
+        return made
+
+    return run
+
+
+def encrypt(image: BackingImage, parameters: SecretParameters, *, sparse: bool) -> Operation:
+    """The disk of `image`, raw or qcow2, as a LUKS2 device under `parameters`."""
+
+    def run(work: Work) -> Made:
+        with formats.opened(image.path, image.status.format) as source, _created(work.path) as fd:
+            runs = _runs(source, sparse=sparse)
+            cipher = CipherSpec(parameters.cipher, header.new_key(parameters), _sector_size(source))
+            os.ftruncate(fd, header.PAYLOAD_OFFSET + source.size)
+            # The key derivation needs a core, the payload mostly the disk, and neither needs the other.
+            with _beside(
+                lambda: header.create(
+                    work.path, parameters, cipher.key, sector_size=cipher.sector_size, owner=work.owner
+                )
+            ):
+                work.report.expect(extents.total(runs))
+                written = _copy(
+                    source, fd, work, runs,
+                    size=source.size, base=header.PAYLOAD_OFFSET, cipher=cipher, sparse=sparse,
+                )  # fmt: skip
+            os.fsync(fd)
+            return Made(Format.LUKS, source.size, runs=written)
+
+    return run
+
+
+def decrypt(image: BackingImage, passphrase: bytes, *, sparse: bool) -> Operation:
+    """The plain disk of `image`, a LUKS2 device, with its holes as holes."""
+
+    def run(work: Work) -> Made:
+        key = header.volume_key(image.path, passphrase, image.described)
+        with formats.opened(image.path, image.status.format, key) as source:
+            return _unpacked(source, image.extents() if sparse else _whole(source), work, sparse=sparse)
+
+    return run
+
+
+def unpack(image: BackingImage) -> Operation:
+    """The disk of `image`, a qcow2 file, as a raw file."""
+
+    def run(work: Work) -> Made:
+        with formats.opened(image.path, image.status.format) as source:
+            return _unpacked(source, _runs(source, sparse=True), work, sparse=True)
+
+    return run
+
+
+def _unpacked(source: Source, runs: list[Extent], work: Work, *, sparse: bool) -> Made:
+    with _created(work.path) as fd:
+        os.ftruncate(fd, source.size)
+        work.report.expect(extents.total(runs))
+        _copy(source, fd, work, runs, size=source.size, sparse=sparse)
+        os.fsync(fd)
+    return Made(Format.RAW, source.size)
+
+
+def _copy(
+    source: Source, fd: int, work: Work, runs: list[Extent],
+    *, size: int, base: int = 0, cipher: CipherSpec | None = None, sparse: bool = True,
+) -> list[Extent]:  # fmt: skip
+    _check_space(fd, extents.total(runs) + base, work.owner)
+    os.ftruncate(fd, base + size)
+    direct = open_direct(work.path)
+    try:
+        target = TargetSpec(fd, direct, base, cipher, sparse)
+        return engine.copy(source, target, runs, workers=work.settings.workers, advance=work.report.advance)
+    finally:
+        if direct >= 0:
+            os.close(direct)
+
+
+def _received(pieces: Iterator[bytes], fd: int, advance: Callable[[int], None], *, hashed: bool) -> str:
+    """Write `pieces` with zeros as holes; returns their SHA-512, computed beside, if it is to be `hashed`."""
+    target, digest, at = Target(TargetSpec(fd, -1, 0, None, sparse=True)), hashlib.sha512(), 0
+    with ThreadPoolExecutor(1) as hasher:
+        hashing: Future[None] | None = None
+        for piece in pieces:
+            if hashed:
+                if hashing:
+                    hashing.result()  # one piece at a time: memory stays bounded
+                hashing = hasher.submit(digest.update, piece)
+            target.write(memoryview(piece), at)
+            at += len(piece)
+            advance(len(piece))
+    os.ftruncate(fd, at)
+    return digest.hexdigest() if hashed else ""
+
+
+def _runs(source: Source, *, sparse: bool) -> list[Extent]:
+    return list(extents.normalised(source.extents(), source.size)) if sparse else _whole(source)
+
+
+def _whole(source: Source) -> list[Extent]:
+    return [Extent(0, source.size)]
+
+
+def _sector_size(source: Source) -> int:
+    head = bytearray(min(HEAD, source.size))
+    source.read(memoryview(head), 0)
+    return sector_size(bytes(head), source.size)
+
+
+def _shared(source: int, target: int) -> bool:
+    """Have the file `target` share the blocks of `source`; False where the filesystem can't."""
+    try:
+        fcntl.ioctl(target, _FICLONE, source)
+        return True
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM):
+            return False
+        raise
+
+
+def _check_space(fd: int, needed: int, owner: str) -> None:
+    found = os.fstatvfs(fd)
+    free = found.f_bavail * found.f_frsize
+    if free < needed + _SPARE:
+        raise exhausted(
+            f"{owner} needs {needed >> 20} MiB of disk, and {free >> 20} MiB are free",
+            "free space in the data directory",
+        )
+
+
+@contextmanager
+def _created(path: Path) -> Iterator[int]:
+    """A new, empty file at `path`, open for reading and writing."""
+    path.unlink(missing_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _beside(action: Callable[[], None]) -> Iterator[None]:
+    """Run `action` in a thread while the block runs; what it raises is raised when the block ends."""
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(action)
+        yield
+        running.result()

@@ -1,0 +1,79 @@
+"""How far an operation is: told to whoever waits, and to the image's record now and then."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from plugin.images.catalog import Catalog
+from plugin.images.image import BackingImage, State
+
+_RECORD_EVERY = 0.5  # seconds
+_TELL_EVERY = 0.1
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Bytes `done` of `total` (0: not known) after `seconds` of work."""
+
+    state: State
+    done: int = 0
+    total: int = 0
+    seconds: float = 0.0
+
+    @property
+    def percent(self) -> int:
+        """0 to 100; 100 only when it is done."""
+        return min(100 * self.done // self.total, 99 if self.state is not State.READY else 100) if self.total else 0
+
+    @property
+    def bytes_per_second(self) -> float:
+        """The mean speed so far."""
+        return self.done / self.seconds if self.seconds else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the mean speed; None where that can't be told."""
+        speed = self.bytes_per_second
+        return (self.total - self.done) / speed if self.total and speed else None
+
+
+class Reporter:
+    """Follows one operation on `image`: it calls `state` and `advance`, `heard` hears of it, `catalog` keeps it."""
+
+    def __init__(self, image: BackingImage, catalog: Catalog | None, heard: Callable[[Progress], None] | None) -> None:
+        self.image = image
+        self.total = 0
+        self.done = 0
+        self._catalog = catalog
+        self._heard = heard or (lambda _: None)
+        self._start = self._recorded = self._told = time.monotonic()
+
+    def state(self, state: State, *, durable: bool = True, **changes: object) -> None:
+        """The image is now in `state`; `changes` are further ones of its status."""
+        self.image = self.image.changed(state=state, **changes)
+        self._save(durable=durable)
+        self._heard(self._progress())
+
+    def expect(self, total: int) -> None:
+        """`total` bytes are to be moved, 0 if that is not known: it begins."""
+        self.total = total
+        self.state(State.IN_PROGRESS, durable=False)
+
+    def advance(self, count: int) -> None:
+        """`count` more bytes are done."""
+        self.done += count
+        now = time.monotonic()
+        if now - self._told >= _TELL_EVERY:
+            self._told = now
+            self._heard(self._progress())
+        if now - self._recorded >= _RECORD_EVERY:
+            self._recorded = now
+            self.image = self.image.changed(progress=self._progress().percent)
+            self._save(durable=False)
+
+    def _save(self, *, durable: bool) -> None:
+        if self._catalog is not None:
+            self._catalog.save(self.image, durable=durable)
+
+    def _progress(self) -> Progress:
+        return Progress(self.image.status.state, self.done, self.total, time.monotonic() - self._start)

@@ -1,0 +1,121 @@
+"""What a manifest may ask for, given the other images and the secrets; and what follows from those for itself."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from plugin.errors import EbiError, Kind, exists, invalid, precondition, unsupported
+from plugin.images.formats import Format
+from plugin.images.image import BackingImage
+from plugin.images.manifest import Manifest, Spec
+from plugin.images.secrets import SecretSource
+from plugin.luks import payload
+from plugin.luks.parameters import SecretParameters
+
+
+def resolved(manifest: Manifest, find: Callable[[str], BackingImage | None]) -> Manifest:
+    """`manifest` with what it inherits: as Longhorn does it. Raises INVALID or PRECONDITION."""
+    spec = manifest.spec
+    if spec.source_type != "clone":
+        return manifest
+    source = _source(manifest, find)
+    if spec.encryption == "ignore":
+        found = (source.spec.checksum, source.spec.secret, source.spec.secret_namespace)
+    elif spec.encryption == "encrypt":
+        if source.encrypted:
+            raise _already(manifest, "re-encrypt", "encrypted", source)
+        found = ("", spec.parameters["secret"], spec.parameters["secret-namespace"])
+    else:
+        if not source.encrypted:
+            raise _already(manifest, "re-decrypt", "decrypted", source)
+        found = ("", "", "")
+    parameters = {**spec.parameters, "encryption": spec.encryption}
+    return replace(manifest, spec=Spec(spec.source_type, parameters, *found, spec.other))
+
+
+def unchanged(wanted: Manifest, image: BackingImage) -> Spec:
+    """The spec of `image`, which is ready, with those fields of `wanted` that may change.
+
+    Raises INVALID for another secret, EXISTS where `wanted` asks for another image under the same name.
+    """
+    old, new = image.spec, wanted.spec
+    secret, namespace = _secret(new), _namespace(new)
+    if secret and secret != _secret(old):
+        raise invalid(f"changing secret for BackingImage {image.name} is not supported", "make a new image")
+    if namespace and namespace != _namespace(old):
+        raise invalid(f"changing secret namespace for BackingImage {image.name} is not supported", "make a new image")
+    parameters = dict(new.parameters)
+    if new.source_type == "clone":
+        parameters["encryption"] = new.encryption
+    other = []
+    if new.source_type != old.source_type:
+        other.append("sourceType")
+    if parameters != dict(old.parameters):
+        other.append("sourceParameters")
+    if new.source_type == "download" and new.checksum and new.checksum != old.checksum:
+        other.append("checksum")
+    if other:
+        raise exists(
+            f"existing {image.described} differs in {', '.join(other)}", "delete it first, or use another name"
+        )
+    return replace(old, other=new.other)
+
+
+def parameters(manifest: Manifest, secrets: SecretSource) -> SecretParameters | None:
+    """What the manifest's secret says, where it needs one. Raises NOT_FOUND, INVALID, UNSUPPORTED."""
+    spec = manifest.spec
+    name, namespace = spec.secret, spec.secret_namespace
+    if spec.encryption == "decrypt":
+        name, namespace = spec.parameters["secret"], spec.parameters["secret-namespace"]
+    elif spec.encryption != "encrypt":
+        return None
+    try:
+        data = secrets.get(name, namespace)
+    except EbiError as error:
+        if error.kind is not Kind.NOT_FOUND:
+            raise
+        raise EbiError(
+            f"failed to get the secret {name} in the namespace {namespace} for the {manifest.described}",
+            kind=error.kind,
+            hint=error.hint,
+        ) from error
+    found = SecretParameters.from_data(data, manifest.described)
+    if spec.encryption == "encrypt" and not payload.supports(found.cipher, found.key_size):
+        raise unsupported(
+            f"nothing here can do the cipher {found.cipher} with a key of {found.key_size} bits for"
+            f" {manifest.described}",
+            f"use {payload.XTS} with a key of 256 or 512 bits",
+        )
+    return found
+
+
+def _secret(spec: Spec) -> str:
+    return spec.parameters.get("secret") or spec.secret
+
+
+def _namespace(spec: Spec) -> str:
+    return spec.parameters.get("secret-namespace") or spec.secret_namespace
+
+
+def _source(manifest: Manifest, find: Callable[[str], BackingImage | None]) -> BackingImage:
+    name = manifest.spec.source
+    source = find(name)
+    if source is None or name == manifest.name:
+        raise invalid(
+            f"invalid parameter backing-image {name} for source type clone of {manifest.described}",
+            "there is no such backing image to clone",
+        )
+    if not source.ready:
+        raise precondition(
+            f"cannot clone {source.described} as {manifest.name}: it is {source.status.state}, not ready",
+            source.status.message,
+        )
+    if source.encrypted and source.status.format is not Format.LUKS:
+        raise precondition(f"{source.described} is encrypted, but its file is not", "delete it")
+    return source
+
+
+def _already(manifest: Manifest, verb: str, state: str, source: BackingImage) -> EbiError:
+    return invalid(
+        f"cannot {verb} the backing image, {source.name} is already {state}: {manifest.described}",
+        "use encryption: ignore for a copy as it is",
+    )

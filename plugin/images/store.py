@@ -1,0 +1,239 @@
+"""`Images`: the backing images of one data directory, and everything that can be done with them."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from plugin import events
+from plugin.errors import EbiError, Kind, not_found, precondition
+from plugin.host.files import sync_directory
+from plugin.host.lock import is_locked, locked
+from plugin.images import extents, operations, rules
+from plugin.images.catalog import Catalog, LocalCatalog
+from plugin.images.formats import Format
+from plugin.images.image import WORKING, BackingImage, State
+from plugin.images.manifest import Manifest, check_name, parse
+from plugin.images.operations import Made, Operation, Work
+from plugin.images.progress import Progress, Reporter
+from plugin.images.secrets import SecretSource
+from plugin.settings import Settings
+
+_INTERRUPTED = "it was interrupted; apply its manifest again"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """An operation under the name that metrics know it by."""
+
+    name: str
+    run: Operation
+
+
+class Images:
+    """The backing images below `root`; their objects are in `catalog`, by default in files there too.
+
+    Safe to use from several threads and processes at once: an image's directory is locked while it is worked on.
+    """
+
+    def __init__(self, root: Path, settings: Settings, catalog: Catalog | None = None) -> None:
+        self._root, self._settings = root, settings
+        self._catalog = catalog or LocalCatalog(root)
+
+    def apply(
+        self,
+        manifest: Mapping[str, Any],
+        secrets: SecretSource,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> BackingImage:
+        """Make the image that `manifest` asks for, in this process, and return it ready.
+
+        The same again changes nothing; what failed or was interrupted is done again. Raises the rejections of
+        `manifest` and `rules` before anything is written, and what the operation meets; the record then says `failed`.
+        """
+        wanted = parse(manifest)
+        current = self._catalog.get(wanted.name)
+        if current is not None and current.ready and rules.unchanged(wanted, current) == current.spec:
+            return current
+        with self._locked(wanted.name) as directory, ExitStack() as held:
+            current = self._catalog.get(wanted.name)
+            if current is not None and current.ready:
+                current = replace(current, spec=rules.unchanged(wanted, current))
+                self._catalog.save(current)
+                return current
+            wanted = rules.resolved(wanted, self._catalog.get)
+            job = self._job(wanted, secrets, held)
+            image = BackingImage.new(wanted, directory, current.created if current else "")
+            return self._run(job, Reporter(image, self._catalog, progress))
+
+    def get(self, name: str) -> BackingImage:
+        """The image `name`. Raises NOT_FOUND."""
+        image = self._seen(check_name(name))
+        if image is None:
+            raise not_found(f"backing image {name} not found", "see ebi get backingimages")
+        return image
+
+    def list(self) -> list[BackingImage]:
+        """All images, by name."""
+        return [image for found in self._catalog.list() if (image := self._seen(found.name)) is not None]
+
+    def delete(self, name: str, users: Sequence[str] = ()) -> None:
+        """Remove the image `name`; `users` are the volumes that use it. Raises NOT_FOUND, PRECONDITION, BUSY."""
+        if users:
+            raise precondition(
+                f"cannot delete backing image {name} since there are volumes using it: {', '.join(sorted(users))}",
+                "delete those first",
+            )
+        self.get(name)
+        with self._locked(name):
+            image = self._catalog.get(name)
+            if image is not None:
+                self._catalog.remove(image)
+
+    @contextmanager
+    def held(self, name: str) -> Iterator[BackingImage]:
+        """The image `name`, which nobody deletes or changes inside the block; several may hold it at once.
+
+        Raises NOT_FOUND, and BUSY while it is worked on.
+        """
+        self.get(name)
+        with locked(self._root / name, f"backing image {name}", shared=True):
+            yield self.get(name)
+
+    def raw(self, name: str) -> Path:
+        """The file to make a device of: the image's own, or, for qcow2, its disk unpacked beside it, once.
+
+        Raises NOT_FOUND, PRECONDITION for an image that is not ready, BUSY while another call unpacks it.
+        """
+        with self.held(name) as image:
+            if not image.ready:
+                raise precondition(f"{image.described} is {image.status.state}, not ready", image.status.message)
+            if image.disk.exists():
+                return image.disk
+            with locked(image.disk.parent, f"the unpacked disk of {image.described}"):
+                if not image.disk.exists():
+                    self._unpack(image)
+            return image.disk
+
+    def recover(self) -> None:
+        """Clean what a kill has left: files without a record, partial files, records that nobody works on."""
+        for directory in sorted(entry for entry in self._root.glob("*") if entry.is_dir()):
+            try:
+                with locked(directory, f"backing image {directory.name}"):
+                    self._recover(directory)
+            except EbiError as error:
+                if error.kind is not Kind.BUSY:  # somebody works on it: nothing to clean
+                    raise
+
+    def _seen(self, name: str) -> BackingImage | None:
+        """The image `name`, failed if its record says that it is worked on and nobody does."""
+        image = self._catalog.get(name)
+        if image is None or image.status.state not in WORKING or is_locked(image.directory):
+            return image
+        image = self._catalog.get(name)  # the work may have ended between the two looks
+        if image is not None and image.status.state in WORKING:
+            image = image.changed(state=State.FAILED, message=_INTERRUPTED)
+        return image
+
+    def _job(self, wanted: Manifest, secrets: SecretSource, held: ExitStack) -> _Job:
+        """The operation that `wanted` asks for, its source held until `held` is closed."""
+        spec = wanted.spec
+        if spec.source_type == "download":
+            return _Job("download", operations.download(spec.parameters["url"], spec.checksum))
+        found = rules.parameters(wanted, secrets)
+        source = held.enter_context(self.held(spec.source))
+        if found is None:
+            return _Job("clone", operations.clone(source))
+        if spec.encryption == "encrypt":
+            return _Job("encrypt", operations.encrypt(source, found, sparse=spec.sparse))
+        return _Job("decrypt", operations.decrypt(source, found.passphrase, sparse=spec.sparse))
+
+    def _run(self, job: _Job, report: Reporter) -> BackingImage:
+        image = report.image
+        report.state(State.STARTING)
+        _clear(image.directory)
+        start, ok = time.monotonic(), False
+        try:
+            made = job.run(Work(image.partial, image.described, self._settings, report))
+            self._finish(made, report)
+            ok = True
+        except BaseException as error:
+            failure = _explained(error, image, job.name)
+            _clear(image.directory)
+            with suppress(EbiError, OSError):  # a record on a full disk; that nobody works on it tells the same
+                report.state(State.FAILED, message=str(failure) or "it was cancelled")
+            if failure is error:
+                raise
+            raise failure from error
+        finally:
+            events.publish(events.ImageOperation(job.name, report.done, time.monotonic() - start, ok))
+        return report.image
+
+    def _finish(self, made: Made, report: Reporter) -> None:
+        image = report.image
+        if made.runs is not None:
+            extents.save(image.map_path, made.runs, made.virtual_size)
+        image.partial.rename(image.path)
+        sync_directory(image.directory)
+        report.state(
+            State.READY,
+            progress=100,
+            message="",
+            virtual_size=made.virtual_size,
+            checksum=made.checksum,
+            encrypted=made.format is Format.LUKS,
+            format=made.format,
+        )
+
+    def _unpack(self, image: BackingImage) -> None:
+        partial = image.disk.with_suffix(".partial")
+        quiet = Reporter(image, None, None)
+        operations.unpack(image)(Work(partial, image.described, self._settings, quiet))
+        partial.rename(image.disk)
+        sync_directory(image.disk.parent)
+
+    def _recover(self, directory: Path) -> None:
+        image = self._catalog.get(directory.name)
+        if image is None:
+            shutil.rmtree(directory)
+        elif image.status.state in WORKING:
+            _clear(directory)
+            self._catalog.save(image.changed(state=State.FAILED, message=_INTERRUPTED))
+        else:
+            for partial in directory.rglob("*.partial"):
+                partial.unlink()
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[Path]:
+        """The directory of the image `name`, locked; it does not outlive the block without a record in it."""
+        directory = self._root / name
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with locked(directory, f"backing image {name}"):
+            try:
+                yield directory
+            finally:
+                if directory.exists() and self._catalog.get(name) is None:
+                    shutil.rmtree(directory)
+
+
+def _clear(directory: Path) -> None:
+    """Remove everything but the record: what is left of an attempt."""
+    for entry in directory.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != "record.json":
+            entry.unlink(missing_ok=True)
+
+
+def _explained(error: BaseException, image: BackingImage, doing: str) -> BaseException:
+    """`error` with the image named in it, where it is one that a user can do something about."""
+    if isinstance(error, OSError):
+        return EbiError(
+            f"the {doing} of {image.described} failed: {error.strerror or error}", hint="see the kernel's log"
+        )
+    if isinstance(error, EbiError) and image.described not in error.message:
+        return EbiError(f"{image.described}: {error.message}", kind=error.kind, hint=error.hint)
+    return error
