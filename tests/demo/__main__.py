@@ -30,9 +30,9 @@ def step(title: str) -> Iterator[None]:
     print(f"   {time.monotonic() - start:.1f} s", flush=True)
 
 
-def example(name: str, work: Path, **changes: str) -> Path:
+def example(template: str, work: Path, **changes: str) -> Path:
     """A manifest of deploy/examples, with spec.checksum, sourceParameters.url or metadata.name filled in."""
-    document = yaml.safe_load((EXAMPLES / name).read_text())
+    document = yaml.safe_load((EXAMPLES / template).read_text())
     if "url" in changes:
         document["spec"]["sourceParameters"]["url"] = changes["url"]
         document["spec"]["checksum"] = changes["checksum"]
@@ -97,7 +97,7 @@ def volume(node: Node, kubelet: Kubelet, work: Path, wanted: dict[str, str]) -> 
     staging, target = node.staging / "pvc-demo", work / "kubelet" / "pod" / "mount"
 
     with step("CreateVolume"):
-        name = kubelet.create("pvc-demo", 1536 * MIB, parameters)
+        name = kubelet.create("pvc-demo", 1024 * MIB, parameters)
     with step("NodeStageVolume with a wrong passphrase is refused"):
         try:
             kubelet.stage(name, staging, {**secrets, "CRYPTO_KEY_VALUE": "not the passphrase"})
@@ -173,9 +173,9 @@ def main() -> int:
         with step("make a golden image of real files: raw with holes, and compressed qcow2"):
             copied = golden.fill_tree(Path(sys.prefix), tree, limit=200 * MIB)
             wanted = golden.hashes(tree)
-            golden.make_raw(tree, web / "parrot.raw", 1024 * MIB)
+            golden.make_raw(tree, web / "parrot.raw", 640 * MIB)
             golden.make_qcow2(web / "parrot.raw", web / "parrot.qcow2")
-            print(f"    {len(wanted)} files, {copied / MIB:.0f} MiB, in a disk of 1024 MiB")
+            print(f"    {len(wanted)} files, {copied / MIB:.0f} MiB, in a disk of 640 MiB")
         images(node, work, web)
         with step("ebi serve"):
             pass
