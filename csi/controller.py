@@ -44,7 +44,7 @@ class Controller(csi_pb2_grpc.ControllerServicer):
         self, request: csi_pb2.CreateVolumeRequest, context: ServicerContext
     ) -> csi_pb2.CreateVolumeResponse:
         """Make a volume with its space reserved."""
-        name = convert.identifier(request.name, "name")
+        name = convert.required(request.name, "name")
         wanted = convert.capabilities(request.volume_capabilities)
         for one in wanted:
             one.check()
@@ -62,7 +62,7 @@ class Controller(csi_pb2_grpc.ControllerServicer):
         volume = self._volumes.create(
             name,
             least,
-            convert.mapping(request.parameters, "parameters"),
+            dict(request.parameters),
             limit=most,
             block=all(one.block for one in wanted),
         )
@@ -81,8 +81,10 @@ class Controller(csi_pb2_grpc.ControllerServicer):
         """Confirm the capabilities, all or none of them."""
         volume = convert.required(request.volume_id, "volume_id")
         wanted = convert.capabilities(request.volume_capabilities)
-        self._volumes.get(volume)
+        found = self._volumes.get(volume)
         reason = convert.why_impossible(wanted)
+        if request.parameters and dict(request.parameters) != dict(found.parameters):
+            reason = f"volume {volume} was made with other parameters"
         try:
             for one in wanted:
                 one.check()
@@ -129,7 +131,8 @@ class Controller(csi_pb2_grpc.ControllerServicer):
         return csi_pb2.ControllerExpandVolumeResponse(capacity_bytes=size, node_expansion_required=True)
 
     def _is_here(self, wanted: csi_pb2.TopologyRequirement) -> bool:
-        return not wanted.requisite or any(self._matches(one) for one in wanted.requisite)
+        places = wanted.requisite or wanted.preferred
+        return not places or any(self._matches(one) for one in places)
 
     def _matches(self, wanted: csi_pb2.Topology) -> bool:
         return dict(wanted.segments) == dict(topology(self._settings).segments)

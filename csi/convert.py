@@ -1,15 +1,12 @@
 """What comes over the wire, checked and in the driver's own types."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from csi.stubs import csi_pb2
 from plugin.errors import invalid, out_of_range, precondition
 from plugin.volumes import AccessMode, Capability
 
-# The specification's general limits ("Size Limits").
-_STRING_LIMIT = 128
-_MAP_LIMIT = 4096
 _MODES = csi_pb2.VolumeCapability.AccessMode.Mode
 # Which of them a volume of one node can have.
 _POSSIBLE = frozenset(mode for mode in AccessMode if mode.value.startswith("SINGLE_NODE"))
@@ -19,13 +16,6 @@ def required(value: str, field: str) -> str:
     """`value`, which must be there. Raises INVALID naming the field."""
     if not value:
         raise invalid(f"{field} is missing", "the caller must give it")
-    return value
-
-
-def identifier(value: str, field: str) -> str:
-    """A name or an id, there and not too long."""
-    if len(required(value, field).encode()) > _STRING_LIMIT:
-        raise invalid(f"{field} is longer than {_STRING_LIMIT} bytes", "use a shorter one")
     return value
 
 
@@ -39,13 +29,6 @@ def staging_path(value: str) -> Path:
     if not value:
         raise precondition("staging_target_path is missing", "this driver stages volumes: call NodeStageVolume first")
     return Path(value)
-
-
-def mapping(values: Mapping[str, str], field: str) -> dict[str, str]:
-    """A map of strings, not too large."""
-    if sum(len(key.encode()) + len(value.encode()) for key, value in values.items()) > _MAP_LIMIT:
-        raise invalid(f"{field} holds more than {_MAP_LIMIT} bytes", "give less")
-    return dict(values)
 
 
 def capability(wire: csi_pb2.VolumeCapability, present: bool) -> Capability:

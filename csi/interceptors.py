@@ -4,13 +4,15 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import grpc
 
-from csi.redact import redacted
+from csi import limits
+from csi.redact import redacted, without_secrets
 from plugin import events
 from plugin.errors import EbiError, Kind, unavailable
 
@@ -29,6 +31,10 @@ CODES = {
     Kind.UNSUPPORTED: grpc.StatusCode.UNIMPLEMENTED,
     Kind.CANCELLED: grpc.StatusCode.CANCELLED,
 }
+# A status travels as a header, and clients take no more than some KiB of those. Characters.
+_LONGEST = 2000
+# Asked every few seconds by those who watch over us: their lines are for debugging only.
+_ASKING = ("Get", "Probe", "List", "NodeGet", "ControllerGet")
 
 
 class Calls(grpc.ServerInterceptor):
@@ -56,7 +62,7 @@ class Calls(grpc.ServerInterceptor):
         )
 
     @contextmanager
-    def _counted(self) -> Any:
+    def _counted(self) -> Iterator[None]:
         with self._lock:
             self.running += 1
         try:
@@ -69,26 +75,29 @@ class Calls(grpc.ServerInterceptor):
         self, method: Callable[..., Any], service: str, name: str, request: Any, context: grpc.ServicerContext
     ) -> Any:
         number = next(self._numbers)
-        log.info("call %d: %s %s", number, name, redacted(request))
+        level = logging.DEBUG if name.startswith(_ASKING) else logging.INFO
+        log.log(level, "call %d: %s %s", number, name, redacted(request))
         start = time.monotonic()
         code = grpc.StatusCode.OK
         try:
             if not self._ready.is_set() and not service.endswith("Identity"):
                 raise unavailable("the driver is starting", "try again in a moment")
+            limits.check(request)
             response = method(request, context)
             log.debug("call %d: answer %s", number, redacted(response))
             return response
         except EbiError as error:
-            code = CODES[error.kind]
-            log.log(logging.ERROR if error.kind is Kind.INTERNAL else logging.WARNING, "call %d: %s", number, error)
-            failure = str(error)
+            code, failure = CODES[error.kind], str(error)
+            log.log(logging.ERROR if error.kind is Kind.INTERNAL else logging.WARNING, "call %d: %s", number, failure)
+        except NotImplementedError:  # what the generated base class does with the rest of the specification
+            code, failure = grpc.StatusCode.UNIMPLEMENTED, f"{name} is not offered; see the capabilities"
         except Exception:
-            code = grpc.StatusCode.INTERNAL
-            log.exception("call %d failed", number)
-            failure = f"internal error in call {number}; the driver's log has it"
+            # Whoever raised this did not mean it for reading, so it may quote what it stumbled over.
+            log.error("call %d failed: %s", number, without_secrets(traceback.format_exc(), request))
+            code, failure = grpc.StatusCode.INTERNAL, f"internal error in call {number}; the driver's log has it"
         finally:
             seconds = time.monotonic() - start
-            log.info("call %d: %s %s in %.3f s", number, name, code.name, seconds)
+            log.log(level, "call %d: %s %s in %.3f s", number, name, code.name, seconds)
             events.publish(events.Call(name, code.name, seconds))
-        context.abort(code, failure)
+        context.abort(code, failure if len(failure) <= _LONGEST else f"{failure[:_LONGEST]}…")
         raise AssertionError  # abort never returns

@@ -42,7 +42,7 @@ class Node(csi_pb2_grpc.NodeServicer):
         self, request: csi_pb2.NodeStageVolumeRequest, context: ServicerContext
     ) -> csi_pb2.NodeStageVolumeResponse:
         """Open the image and the volume with the secret, map them, and mount the filesystem."""
-        volume = convert.identifier(request.volume_id, "volume_id")
+        volume = convert.required(request.volume_id, "volume_id")
         capability = convert.capability(request.volume_capability, request.HasField("volume_capability"))
         self._volumes.stage(
             volume,
@@ -57,7 +57,7 @@ class Node(csi_pb2_grpc.NodeServicer):
         self, request: csi_pb2.NodeUnstageVolumeRequest, context: ServicerContext
     ) -> csi_pb2.NodeUnstageVolumeResponse:
         """Undo the stage; what is not there is fine."""
-        volume = convert.identifier(request.volume_id, "volume_id")
+        volume = convert.required(request.volume_id, "volume_id")
         self._volumes.unstage(volume, convert.path(request.staging_target_path, "staging_target_path"))
         return csi_pb2.NodeUnstageVolumeResponse()
 
@@ -65,7 +65,7 @@ class Node(csi_pb2_grpc.NodeServicer):
         self, request: csi_pb2.NodePublishVolumeRequest, context: ServicerContext
     ) -> csi_pb2.NodePublishVolumeResponse:
         """Show the staged volume to a workload."""
-        volume = convert.identifier(request.volume_id, "volume_id")
+        volume = convert.required(request.volume_id, "volume_id")
         capability = convert.capability(request.volume_capability, request.HasField("volume_capability"))
         target = convert.path(request.target_path, "target_path")
         staging = convert.staging_path(request.staging_target_path)
@@ -76,7 +76,7 @@ class Node(csi_pb2_grpc.NodeServicer):
         self, request: csi_pb2.NodeUnpublishVolumeRequest, context: ServicerContext
     ) -> csi_pb2.NodeUnpublishVolumeResponse:
         """Take it away from the workload; what is not there is fine."""
-        volume = convert.identifier(request.volume_id, "volume_id")
+        volume = convert.required(request.volume_id, "volume_id")
         self._volumes.unpublish(volume, convert.path(request.target_path, "target_path"))
         return csi_pb2.NodeUnpublishVolumeResponse()
 
@@ -84,7 +84,7 @@ class Node(csi_pb2_grpc.NodeServicer):
         self, request: csi_pb2.NodeGetVolumeStatsRequest, context: ServicerContext
     ) -> csi_pb2.NodeGetVolumeStatsResponse:
         """How full the volume is, and how it is."""
-        volume = convert.identifier(request.volume_id, "volume_id")
+        volume = convert.required(request.volume_id, "volume_id")
         found = self._volumes.stats(volume, convert.path(request.volume_path, "volume_path"))
         usage = [
             _Usage(
@@ -110,7 +110,7 @@ class Node(csi_pb2_grpc.NodeServicer):
         self, request: csi_pb2.NodeExpandVolumeRequest, context: ServicerContext
     ) -> csi_pb2.NodeExpandVolumeResponse:
         """Have devices and filesystem take the space that the controller reserved; needs no secret."""
-        volume = convert.identifier(request.volume_id, "volume_id")
+        volume = convert.required(request.volume_id, "volume_id")
         where = convert.path(request.volume_path, "volume_path")
         least, _ = convert.capacity(request.capacity_range)
         return csi_pb2.NodeExpandVolumeResponse(capacity_bytes=self._volumes.node_expand(volume, where, least))

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, start_http_server
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -71,6 +71,7 @@ class Metrics:
         )
         self._lost = Counter("ebi_mappings_lost", "Mappers that vanished without our doing", registry=self.registry)
         self.registry.register(_Gauges(settings, images))
+        ProcessCollector(registry=self.registry)  # memory, open files, CPU time
 
     def record(self, event: events.Event) -> None:
         """Count one event."""
