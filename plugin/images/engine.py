@@ -19,8 +19,7 @@ from plugin.host.files import Extent
 from plugin.host.run import environment
 from plugin.images import extents
 from plugin.images.disk import Source
-from plugin.images.target import TargetSpec
-from plugin.images.worker import PIECE
+from plugin.images.target import PIECE, TargetSpec
 
 log = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from plugin.host.files import Extent
 from plugin.images.disk import CipherSpec
 from plugin.images.extents import BLOCK, SHORTEST_HOLE
 
+PIECE = 4 << 20  # bytes that a worker reads, ciphers and writes at once
 _ZEROS = bytes(SHORTEST_HOLE)
 
 

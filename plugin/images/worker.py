@@ -13,9 +13,8 @@ import sys
 
 from plugin.errors import EbiError, Kind
 from plugin.images import formats
-from plugin.images.target import Target, TargetSpec
+from plugin.images.target import PIECE, Target, TargetSpec
 
-PIECE = 4 << 20  # bytes read, ciphered and written at once
 _PR_SET_PDEATHSIG = 1
 
 
@@ -40,16 +39,15 @@ def main() -> int:
 def _work(job: dict[str, dict[str, object]]) -> None:
     source = formats.restored(job["source"])
     target = Target(TargetSpec.restored(job["target"]))
-    # Anonymous memory is aligned to pages, as direct I/O wants it.
-    with mmap.mmap(-1, PIECE) as memory, memoryview(memory) as buffer:
-        for line in sys.stdin.buffer:
-            done, written = 0, []
-            for start, length in json.loads(line):
-                with buffer[:length] as piece:
-                    source.read(piece, start)
-                    written += [(run.start, run.length) for run in target.write(piece, start)]
-                done += length
-            _answer({"done": done, "written": written})
+    buffer = memoryview(mmap.mmap(-1, PIECE))  # aligned to pages, as direct I/O wants it
+    for line in sys.stdin.buffer:
+        done, written = 0, []
+        for start, length in json.loads(line):
+            piece = buffer[:length]
+            source.read(piece, start)
+            written += [(run.start, run.length) for run in target.write(piece, start)]
+            done += length
+        _answer({"done": done, "written": written})
 
 
 def _answer(value: dict[str, object]) -> None:

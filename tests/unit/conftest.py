@@ -1,12 +1,87 @@
 """What the unit tests share. None of them needs root."""
 
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from plugin.images import BackingImage, DocumentSecrets, Images
 from plugin.luks.parameters import Pbkdf, SecretParameters
+from plugin.settings import Settings
 
 PASSPHRASE = b"correct horse battery staple\n"
+NAMESPACE = "longhorn-system"
+KIB, MIB = 1 << 10, 1 << 20
 # The least that cryptsetup takes: a key derivation in a few milliseconds.
 CHEAP = {"CRYPTO_PBKDF": "pbkdf2", "CRYPTO_PBKDF_FORCE_ITERATIONS": "1000"}
+
+
+def secret(name: str = "key", passphrase: bytes = PASSPHRASE, **more: str) -> dict[str, Any]:
+    """A Secret document with a key derivation that costs next to nothing."""
+    data = {"CRYPTO_KEY_VALUE": passphrase.decode(), **CHEAP, **{f"CRYPTO_{key}": value for key, value in more.items()}}
+    return {"kind": "Secret", "metadata": {"name": name, "namespace": NAMESPACE}, "stringData": data}
+
+
+def manifest(name: str, source_type: str, checksum: str = "", **parameters: str) -> dict[str, Any]:
+    """A BackingImage document; underscores in parameters stand for hyphens."""
+    return {
+        "apiVersion": "longhorn.io/v1beta2",
+        "kind": "BackingImage",
+        "metadata": {"name": name, "namespace": NAMESPACE},
+        "spec": {
+            "sourceType": source_type,
+            "sourceParameters": {key.replace("_", "-"): value for key, value in parameters.items()},
+            "checksum": checksum,
+        },
+    }
+
+
+def clone(name: str, source: str, encryption: str = "ignore", **parameters: str) -> dict[str, Any]:
+    """The manifest of a clone, with the secret that it needs."""
+    keys = {} if encryption == "ignore" else {"secret": "key", "secret_namespace": NAMESPACE}
+    return manifest(name, "clone", backing_image=source, encryption=encryption, **{**keys, **parameters})
+
+
+def make_raw(path: Path, size: int, runs: Sequence[tuple[int, int]]) -> Path:
+    """A file of `size` bytes, holes but for `runs` (start, length) of random bytes."""
+    with path.open("wb") as file:
+        file.truncate(size)
+        for start, length in runs:
+            file.seek(start)
+            file.write(os.urandom(length))
+    return path
+
+
+def sha512(path: Path) -> str:
+    """128 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha512").hexdigest()
+
+
+@dataclass
+class Store:
+    """A data directory, and the secret that its images are made with."""
+
+    work: Path
+    images: Images
+    secrets: DocumentSecrets = field(default_factory=lambda: DocumentSecrets([secret()]))
+
+    def download(self, path: Path, name: str = "golden", checksum: str = "") -> BackingImage:
+        """The file as a backing image."""
+        return self.apply(manifest(name, "download", checksum, url=path.as_uri()))
+
+    def apply(self, document: dict[str, Any]) -> BackingImage:
+        """Apply one manifest."""
+        return self.images.apply(document, self.secrets)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path, Images(tmp_path / "data" / "images", Settings(workers=2)))
 
 
 @pytest.fixture

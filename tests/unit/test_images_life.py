@@ -1,0 +1,248 @@
+"""An image's life: made once, made again after a failure or a kill, used, deleted."""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from plugin import events
+from plugin.errors import EbiError, Kind, unavailable
+from plugin.host.files import Extent
+from plugin.host.lock import locked
+from plugin.images import BackingImage, Images, Progress, State, engine
+from plugin.images.disk import Disk
+from plugin.images.target import TargetSpec
+from plugin.settings import Settings
+from tests.unit.conftest import MIB, Store, clone, make_raw, manifest, sha512
+
+
+@pytest.fixture
+def golden(store: Store) -> Store:
+    store.download(make_raw(store.work / "raw", 8 * MIB, [(0, 3 * MIB), (6 * MIB, MIB)]))
+    return store
+
+
+def interrupted(store: Store, name: str) -> BackingImage:
+    """Make the image's record and files look as a kill in the middle leaves them."""
+    image = store.images.get(name)
+    record = (image.directory / "record.json").read_text()
+    (image.directory / "record.json").write_text(record.replace('"ready"', '"in-progress"'))
+    image.path.rename(image.partial)
+    os.truncate(image.partial, MIB)
+    return image
+
+
+def test_the_object_tells_what_kubernetes_users_expect(golden: Store) -> None:
+    image = golden.apply(clone("e", "golden", "encrypt"))
+    value = image.to_object()
+    assert (value["apiVersion"], value["kind"]) == ("longhorn.io/v1beta2", "BackingImage")
+    assert value["metadata"]["name"] == "e" and value["metadata"]["creationTimestamp"].endswith("Z")
+    status = value["status"]
+    assert (status["state"], status["progress"], status["message"]) == ("ready", 100, "")
+    assert (status["size"], status["virtualSize"], status["encrypted"]) == (24 * MIB, 8 * MIB, True)
+    assert 20 * MIB <= status["realSize"] <= 21 * MIB
+    assert status["path"] == str(image.path) and Path(status["path"]).exists()
+    assert golden.images.get("e") == image and golden.images.get("e").to_object() == value
+
+
+def test_applying_the_same_again_changes_nothing(golden: Store) -> None:
+    first = golden.apply(clone("e", "golden", "encrypt"))
+    before = first.path.stat()
+    again = golden.apply(clone("e", "golden", "encrypt"))
+    assert (again, again.path.stat().st_mtime_ns) == (first, before.st_mtime_ns)
+
+
+def test_a_clone_outlives_its_source(golden: Store) -> None:
+    golden.apply(clone("copy", "golden"))
+    golden.images.delete("golden")
+    assert golden.apply(clone("copy", "golden")).ready
+    assert sha512(golden.images.get("copy").path) == sha512(golden.work / "raw")
+
+
+@pytest.mark.parametrize("encryption", ["ignore", "encrypt"])
+def test_what_was_interrupted_is_failed_and_done_again(golden: Store, encryption: str) -> None:
+    golden.apply(clone("x", "golden", encryption))
+    image = interrupted(golden, "x")
+    seen = golden.images.get("x")
+    assert (seen.status.state, "interrupted" in seen.status.message) == (State.FAILED, True)
+    assert [one.status.state for one in golden.images.list()] == ["ready", "failed"]
+    assert golden.apply(clone("x", "golden", encryption)).ready
+    assert not image.partial.exists()
+
+
+def test_recovery_cleans_what_a_kill_left(golden: Store) -> None:
+    golden.apply(clone("x", "golden"))
+    image = interrupted(golden, "x")
+    root = image.directory.parent
+    (root / "halfway").mkdir()
+    (root / "halfway" / "image.partial").write_bytes(b"x")
+    leftover = golden.images.get("golden").directory / "record.json.1.partial"
+    leftover.write_bytes(b"x")
+    golden.images.recover()
+    assert not (root / "halfway").exists() and not leftover.exists()
+    assert [entry.name for entry in image.directory.iterdir()] == ["record.json"]
+    assert golden.images.get("x").status.state == "failed"
+    assert golden.images.get("golden").ready
+
+
+def test_recovery_leaves_alone_what_is_worked_on(golden: Store) -> None:
+    golden.apply(clone("x", "golden"))
+    image = interrupted(golden, "x")
+    with locked(image.directory, "it"):
+        golden.images.recover()
+        assert image.partial.exists()
+        assert golden.images.get("x").status.state == "in-progress"
+        with pytest.raises(EbiError, match="another operation on backing image x") as caught:
+            golden.apply(clone("x", "golden"))
+        assert caught.value.kind is Kind.BUSY
+        with pytest.raises(EbiError, match="another operation"):
+            golden.images.delete("x")
+
+
+def test_an_image_with_users_is_not_deleted(golden: Store) -> None:
+    with pytest.raises(EbiError, match="cannot delete backing image golden since there are volumes using it: a, b"):
+        golden.images.delete("golden", ["b", "a"])
+    assert golden.images.get("golden").ready
+
+
+def test_a_held_image_is_not_deleted_and_may_be_held_twice(golden: Store) -> None:
+    with golden.images.held("golden") as one, golden.images.held("golden") as other:
+        assert one == other and one.ready
+        with pytest.raises(EbiError) as caught:
+            golden.images.delete("golden")
+        assert caught.value.kind is Kind.BUSY
+    golden.images.delete("golden")
+
+
+def test_deleting_leaves_nothing_and_absence_is_said(golden: Store) -> None:
+    directory = golden.images.get("golden").directory
+    golden.images.delete("golden")
+    assert not directory.exists() and golden.images.list() == []
+    for attempt in (golden.images.get, golden.images.delete, golden.images.raw):
+        with pytest.raises(EbiError, match="backing image golden not found") as caught:
+            attempt("golden")
+        assert caught.value.kind is Kind.NOT_FOUND
+
+
+def test_names_are_never_paths(golden: Store) -> None:
+    for name in ("../golden", "/etc", "golden/", ""):
+        with pytest.raises(EbiError, match="invalid name"):
+            golden.images.get(name)
+
+
+def test_a_damaged_record_is_shown_and_does_not_hide_the_others(golden: Store) -> None:
+    golden.apply(clone("x", "golden"))
+    (golden.images.get("x").directory / "record.json").write_text('{"metadata": []}')
+    found = {image.name: image.status.state for image in golden.images.list()}
+    assert found == {"golden": "ready", "x": "unknown"}
+    assert golden.apply(clone("x", "golden")).ready
+
+
+def test_the_raw_file_of_a_raw_image_is_its_own(golden: Store) -> None:
+    assert golden.images.raw("golden") == golden.images.get("golden").path
+
+
+def test_progress_and_events_tell_of_the_work(golden: Store) -> None:
+    heard: list[Progress] = []
+    seen: list[events.Event] = []
+    end = events.subscribe(seen.append)
+    try:
+        golden.images.apply(clone("e", "golden", "encrypt"), golden.secrets, heard.append)
+        with pytest.raises(EbiError):
+            golden.apply(manifest("x", "download", url="file:///nothing"))
+    finally:
+        end()
+    assert [heard[0].state, heard[-1].state] == [State.STARTING, State.READY]
+    assert heard[-1].done == heard[-1].total == 4 * MIB and heard[-1].percent == 100
+    operations = [(event.name, event.size, event.ok) for event in seen if isinstance(event, events.ImageOperation)]
+    assert operations == [("encrypt", 4 * MIB, True), ("download", 0, False)]
+
+
+def test_what_the_listener_raises_cancels_the_work(golden: Store) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.state is State.IN_PROGRESS:
+            raise unavailable("enough")
+
+    with pytest.raises(EbiError, match="enough"):
+        golden.images.apply(clone("e", "golden", "encrypt"), golden.secrets, stop)
+    failed = golden.images.get("e")
+    assert failed.status.state == "failed" and not failed.partial.exists()
+
+
+def test_two_may_clone_one_source_at_once(golden: Store) -> None:
+    errors: list[BaseException] = []
+
+    def work(name: str) -> None:
+        try:
+            golden.apply(clone(name, "golden", "encrypt"))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("a", "b")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and golden.images.get("a").ready and golden.images.get("b").ready
+
+
+def test_a_full_disk_is_said_before_anything_is_copied(golden: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = os.statvfs(golden.work)
+    full = os.statvfs_result((found.f_bsize, found.f_frsize, found.f_blocks, 10, 10, *found[5:]))
+    monkeypatch.setattr(os, "fstatvfs", lambda _: full)
+    with pytest.raises(EbiError, match="backing image e needs 20 MiB of disk, and 0 MiB are free") as caught:
+        golden.apply(clone("e", "golden", "encrypt"))
+    assert caught.value.kind is Kind.EXHAUSTED
+
+
+def test_a_filesystem_that_fills_up_meanwhile_is_an_error_of_its_own(tmp_path: Path) -> None:
+    source = os.open(make_raw(tmp_path / "raw", MIB, [(0, MIB)]), os.O_RDONLY)
+    full = os.open("/dev/full", os.O_WRONLY)
+    try:
+        with pytest.raises(EbiError, match="no space left") as caught:
+            engine.copy(Disk(source, MIB), TargetSpec(full, -1, 0, None, sparse=True), [Extent(0, MIB)], workers=1)
+    finally:
+        os.close(source)
+        os.close(full)
+    assert caught.value.kind is Kind.EXHAUSTED
+
+
+def test_a_file_cut_short_while_it_is_read_is_an_error(golden: Store) -> None:
+    image = golden.images.get("golden")
+    os.truncate(image.path, 7 * MIB - 512)
+    with image.path.open("rb") as file, (golden.work / "out").open("w+b") as out:
+        target = TargetSpec(out.fileno(), -1, 0, None, sparse=True)
+        with pytest.raises(EbiError, match="ends at byte"):
+            engine.copy(Disk(file.fileno(), 8 * MIB), target, [Extent(6 * MIB, MIB)])
+
+
+def test_a_worker_that_dies_is_an_error_and_its_fellows_end(golden: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[int] = []
+
+    def kill(worker: engine._Worker) -> None:
+        killed.append(worker._process.pid)
+        worker._process.kill()
+
+    give = engine._Worker.give
+
+    def sabotaged(worker: engine._Worker, piece: list[tuple[int, int]] | None) -> None:
+        give(worker, piece)
+        if not killed:
+            kill(worker)
+
+    monkeypatch.setattr(engine._Worker, "give", sabotaged)
+    with pytest.raises(EbiError, match="a worker process was killed by signal 9"):
+        golden.apply(clone("e", "golden", "encrypt"))
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    assert str(killed[0]) not in children
+    assert golden.images.get("e").status.state == "failed"
+
+
+def test_stores_in_several_processes_see_each_other(golden: Store) -> None:
+    other = Images(golden.work / "data" / "images", Settings())
+    golden.apply(clone("x", "golden"))
+    assert other.get("x") == golden.images.get("x")
+    other.delete("x")
+    with pytest.raises(EbiError, match="not found"):
+        golden.images.get("x")
