@@ -34,10 +34,10 @@ class Store:
         )
         raw, qcow2 = work / "golden.raw", work / "golden.qcow2"
         with raw.open("wb") as file:  # random data with holes, so that neither compresses nor deduplicates
-            file.truncate(160 * MIB)
-            for start in range(0, 160, 20):
+            file.truncate(64 * MIB)
+            for start in range(0, 64, 8):
                 file.seek(start * MIB)
-                file.write(os.urandom(8 * MIB))
+                file.write(os.urandom(4 * MIB))
         golden.make_qcow2(raw, qcow2)
         self.plain = golden.sha512(raw)
         self.ebi("apply", "-f", self.image("raw", "download", url=raw.as_uri()))
