@@ -1,0 +1,61 @@
+"""cryptsetup itself is the judge: it decrypts what we encrypt, and we decrypt what it encrypts.
+
+Its reencryption works on plain files, in its own code, with no device-mapper.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from plugin.images import DocumentSecrets
+from plugin.images.formats import Format
+from plugin.luks import header
+from tests.unit.conftest import KIB, MIB, PASSPHRASE, Store, clone, make_raw, secret
+
+REENCRYPT = ["cryptsetup", "reencrypt", "--batch-mode", "--force-offline-reencrypt", "--key-file", "-"]
+
+
+@pytest.mark.parametrize("key_size", ["256", "512"])
+@pytest.mark.parametrize("size", [5 * MIB, 3 * MIB + 512])
+def test_cryptsetup_decrypts_what_we_encrypt(store: Store, size: int, key_size: str) -> None:
+    store.secrets = DocumentSecrets([secret(KEY_SIZE=key_size)])
+    raw = make_raw(store.work / "raw", size, [(0, MIB), (2 * MIB, 300 * KIB), (size - 512, 512)])
+    store.download(raw)
+    encrypted = store.apply(clone("e", "golden", "encrypt", sparse="false"))
+    assert header.read(encrypted.path).sector_size == (512 if size % 4096 else 4096)
+    theirs = store.work / "theirs"
+    shutil.copy(encrypted.path, theirs)
+    subprocess.run([*REENCRYPT, "--decrypt", "--header", store.work / "h", theirs], input=PASSPHRASE, check=True)
+    assert theirs.read_bytes()[:size] == raw.read_bytes()
+
+
+@pytest.mark.parametrize("sector", ["512", "4096"])
+@pytest.mark.parametrize("key_size", ["256", "512"])
+def test_we_decrypt_what_cryptsetup_encrypts(store: Store, sector: str, key_size: str) -> None:
+    size = 5 * MIB
+    raw = make_raw(store.work / "raw", size, [(0, MIB), (2 * MIB, 300 * KIB)])
+    theirs = store.work / "theirs"
+    shutil.copy(raw, theirs)
+    os.truncate(theirs, size + 32 * MIB)  # the header goes in front, the rest is work space
+    options = ["--encrypt", "--type", "luks2", "--reduce-device-size", "32M", "--sector-size", sector]
+    options += ["--cipher", "aes-xts-plain64", "--key-size", key_size, "--pbkdf", "pbkdf2"]
+    subprocess.run(
+        [*REENCRYPT, *options, "--pbkdf-force-iterations", "1000", theirs], input=PASSPHRASE, check=True
+    )  # fmt: skip
+    kept = store.download(theirs)
+    assert kept.encrypted and kept.status.format is Format.LUKS
+    back = store.apply(clone("d", "golden", "decrypt")).path
+    assert back.read_bytes()[:size] == raw.read_bytes()
+
+
+def test_a_luks_device_that_cryptsetup_left_half_done_is_refused(store: Store, tmp_path: Path) -> None:
+    path = tmp_path / "half"
+    with path.open("wb") as file:
+        file.truncate(48 * MIB)
+    options = ["--encrypt", "--type", "luks2", "--reduce-device-size", "32M", "--init-only", "--pbkdf", "pbkdf2"]
+    subprocess.run([*REENCRYPT, *options, "--pbkdf-force-iterations", "1000", path], input=PASSPHRASE, check=True)
+    with pytest.raises(Exception, match="requires online-reencrypt"):
+        store.download(path)
