@@ -98,7 +98,7 @@ def test_a_file_without_holes_still_tells_them(store: Store) -> None:
     assert encrypted.extents() == before
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     sectors=st.integers(1, 6 * MIB // 512),
     runs=st.lists(st.tuples(st.integers(0, 6 * MIB // 512), st.integers(1, 600)), max_size=6),

@@ -10,12 +10,27 @@ from pathlib import Path
 
 import pytest
 
+from plugin.errors import EbiError
 from plugin.images import DocumentSecrets
 from plugin.images.formats import Format
 from plugin.luks import header
 from tests.unit.conftest import KIB, MIB, PASSPHRASE, Store, clone, make_raw, secret
 
-REENCRYPT = ["cryptsetup", "reencrypt", "--batch-mode", "--force-offline-reencrypt", "--key-file", "-"]
+REENCRYPT = ("cryptsetup", "reencrypt", "--batch-mode", "--disable-locks", "--force-offline-reencrypt", "--key-file", "-")
+ENCRYPT = ("--encrypt", "--type", "luks2", "--reduce-device-size", "32M", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000")
+    "cryptsetup",
+    "reencrypt",
+    "--batch-mode",
+    "--disable-locks",
+    "--force-offline-reencrypt",
+    "--key-file",
+    "-",
+]
+
+
+def reencrypt(path: Path, *options: str | Path) -> None:
+    """Run it on a file; its temporary header goes to the working directory."""
+    subprocess.run([*REENCRYPT, *options, path], input=PASSPHRASE, check=True, cwd=path.parent)
 
 
 @pytest.mark.parametrize("key_size", ["256", "512"])
@@ -28,7 +43,7 @@ def test_cryptsetup_decrypts_what_we_encrypt(store: Store, size: int, key_size: 
     assert header.read(encrypted.path).sector_size == (512 if size % 4096 else 4096)
     theirs = store.work / "theirs"
     shutil.copy(encrypted.path, theirs)
-    subprocess.run([*REENCRYPT, "--decrypt", "--header", store.work / "h", theirs], input=PASSPHRASE, check=True)
+    reencrypt(theirs, "--decrypt", "--header", store.work / "h")
     assert theirs.read_bytes()[:size] == raw.read_bytes()
 
 
@@ -40,11 +55,8 @@ def test_we_decrypt_what_cryptsetup_encrypts(store: Store, sector: str, key_size
     theirs = store.work / "theirs"
     shutil.copy(raw, theirs)
     os.truncate(theirs, size + 32 * MIB)  # the header goes in front, the rest is work space
-    options = ["--encrypt", "--type", "luks2", "--reduce-device-size", "32M", "--sector-size", sector]
-    options += ["--cipher", "aes-xts-plain64", "--key-size", key_size, "--pbkdf", "pbkdf2"]
-    subprocess.run(
-        [*REENCRYPT, *options, "--pbkdf-force-iterations", "1000", theirs], input=PASSPHRASE, check=True
-    )  # fmt: skip
+    cipher = ("--cipher", "aes-xts-plain64", "--key-size", key_size, "--sector-size", sector)
+    reencrypt(theirs, *ENCRYPT, *cipher)
     kept = store.download(theirs)
     assert kept.encrypted and kept.status.format is Format.LUKS
     back = store.apply(clone("d", "golden", "decrypt")).path
@@ -55,7 +67,6 @@ def test_a_luks_device_that_cryptsetup_left_half_done_is_refused(store: Store, t
     path = tmp_path / "half"
     with path.open("wb") as file:
         file.truncate(48 * MIB)
-    options = ["--encrypt", "--type", "luks2", "--reduce-device-size", "32M", "--init-only", "--pbkdf", "pbkdf2"]
-    subprocess.run([*REENCRYPT, *options, "--pbkdf-force-iterations", "1000", path], input=PASSPHRASE, check=True)
-    with pytest.raises(Exception, match="requires online-reencrypt"):
+    reencrypt(path, *ENCRYPT, "--init-only")
+    with pytest.raises(EbiError, match="requires online-reencrypt"):
         store.download(path)
