@@ -5,6 +5,7 @@ of values, and none holds a name that a user chose.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -120,17 +121,18 @@ def _result(ok: bool) -> str:
 
 @contextmanager
 def exported(settings: Settings, images: Images) -> Iterator[Metrics]:
-    """Count events, and serve them at `settings.metrics_address` if there is one, for as long as the block runs."""
+    """Count events, and serve them at `settings.metrics_address` if there is one, for as long as the block runs.
+
+    Raises INVALID for an address that is none, UNAVAILABLE for one that can't be had.
+    """
     metrics = Metrics(settings, images)
     unsubscribe = events.subscribe(metrics.record)
     server = None
     try:
         if settings.metrics_address:
-            host, _, port = settings.metrics_address.rpartition(":")
-            if not port.isdigit():
-                raise invalid(f"invalid metrics address {settings.metrics_address!r}", "give HOST:PORT")
+            host, port = _address(settings.metrics_address)
             try:
-                server, _ = start_http_server(int(port), host.strip("[]") or "0.0.0.0", metrics.registry)  # noqa: S104
+                server, _ = start_http_server(port, host, metrics.registry)
             except OSError as error:
                 raise unavailable(
                     f"cannot serve metrics at {settings.metrics_address}: {error.strerror}", "is the port taken?"
@@ -141,3 +143,10 @@ def exported(settings: Settings, images: Images) -> Iterator[Metrics]:
         if server is not None:
             server.shutdown()
             server.server_close()
+
+
+def _address(text: str) -> tuple[str, int]:
+    match = re.fullmatch(r"(\[[^\]]*\]|[^:]*):([0-9]{1,5})", text)
+    if match is None or int(match[2]) > 65535:
+        raise invalid(f"invalid metrics address {text!r}", "give HOST:PORT, or :PORT for every address of this machine")
+    return match[1].strip("[]") or "0.0.0.0", int(match[2])  # noqa: S104: that is what an empty host asks for
