@@ -149,4 +149,4 @@ def _address(text: str) -> tuple[str, int]:
     match = re.fullmatch(r"(\[[^\]]*\]|[^:]*):([0-9]{1,5})", text)
     if match is None or int(match[2]) > 65535:
         raise invalid(f"invalid metrics address {text!r}", "give HOST:PORT, or :PORT for every address of this machine")
-    return match[1].strip("[]") or "0.0.0.0", int(match[2])  # noqa: S104: that is what an empty host asks for
+    return match[1].strip("[]") or "0.0.0.0", int(match[2])  # noqa: S104
