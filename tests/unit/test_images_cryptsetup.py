@@ -16,16 +16,9 @@ from plugin.images.formats import Format
 from plugin.luks import header
 from tests.unit.conftest import KIB, MIB, PASSPHRASE, Store, clone, make_raw, secret
 
-REENCRYPT = ("cryptsetup", "reencrypt", "--batch-mode", "--disable-locks", "--force-offline-reencrypt", "--key-file", "-")
-ENCRYPT = ("--encrypt", "--type", "luks2", "--reduce-device-size", "32M", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000")
-    "cryptsetup",
-    "reencrypt",
-    "--batch-mode",
-    "--disable-locks",
-    "--force-offline-reencrypt",
-    "--key-file",
-    "-",
-]
+REENCRYPT = ("cryptsetup", "reencrypt", "-q", "--disable-locks", "--force-offline-reencrypt", "--key-file", "-")
+CHEAP = ("--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000")
+ENCRYPT = ("--encrypt", "--type", "luks2", "--reduce-device-size", "32M", *CHEAP)
 
 
 def reencrypt(path: Path, *options: str | Path) -> None:
