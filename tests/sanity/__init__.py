@@ -1,0 +1,1 @@
+"""csi-sanity against the running driver."""

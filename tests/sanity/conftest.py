@@ -1,0 +1,23 @@
+"""csi-sanity's counts, below pytest's own."""
+
+import pytest
+
+from tests.kernel.conftest import home
+from tests.sanity.report import Report
+
+__all__ = ["home"]
+
+reports: dict[str, Report] = {}
+
+
+@pytest.fixture
+def tell() -> dict[str, Report]:
+    """Where a test leaves its report, by the name that it shall be shown with."""
+    return reports
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for name, report in reports.items():
+        terminalreporter.write_line(f"csi-sanity, {name}: {report}")
+        for reason, count in sorted(report.skipped.items()):
+            terminalreporter.write_line(f"    {count:3} skipped: {reason}")

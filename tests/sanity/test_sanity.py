@@ -1,0 +1,87 @@
+"""The whole of csi-sanity against `ebi serve`, with an encrypted, image-backed StorageClass.
+
+The binary is found by EBI_CSI_SANITY, or where `make setup` puts it; EBI_TEST_DIR names a directory for the data.
+"""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from csi.stubs import csi_pb2, csi_pb2_grpc
+from tests.demo import golden
+from tests.demo.__main__ import example
+from tests.demo.node import Node
+from tests.kernel.conftest import leftovers
+from tests.sanity.report import Report
+from tests.unit.csi_node import connected
+
+MIB = 1 << 20
+ROOT = Path(__file__).parents[2]
+BINARY = os.environ.get("EBI_CSI_SANITY", str(Path(os.environ.get("EBI_CACHE", ROOT / ".cache")) / "bin/csi-sanity"))
+SECRET = {"CRYPTO_KEY_VALUE": "sanity", "CRYPTO_PBKDF": "pbkdf2", "CRYPTO_PBKDF_FORCE_ITERATIONS": "1000"}
+IMAGE = "parrot-cloned-encrypted"
+# csi-sanity knows no secret for NodeExpandVolume, and we need none.
+CALLS = ("CreateVolume", "DeleteVolume", "NodeStageVolume", "NodePublishVolume", "ControllerExpandVolume")
+SECRETS = {f"{call}Secret": SECRET for call in (*CALLS, "ControllerValidateVolumeCapabilities")}
+# What the driver does not offer; a test may be skipped for want of these only.
+NOT_OFFERED = ("Publish", "Snapshot", "Clon", "odify", "GroupController", "testnodevolumeattachlimit")
+
+
+def write(path: Path, document: object) -> Path:
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def make_image(node: Node, work: Path) -> None:
+    """A small encrypted golden image, by the manifests of deploy/examples."""
+    tree, raw = work / "tree", work / "golden.raw"
+    tree.mkdir()
+    golden.fill_tree(Path(golden.__file__).parent, tree, MIB)
+    golden.make_raw(tree, raw, 16 * MIB)
+    metadata = {"name": "longhorn-crypto", "namespace": "longhorn-system"}
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": SECRET}
+    node.ebi("apply", "-f", example("1-download.yaml", work, url=raw.as_uri(), checksum=golden.sha512(raw)))
+    node.ebi("apply", "-f", write(work / "secret.yaml", secret), "-f", example("3-encrypt.yaml", work))
+
+
+def csi_sanity(node: Node, work: Path, access: str) -> Report:
+    """Run it; its own words go to our output."""
+    parameters = {"encrypted": "true", "backingImage": IMAGE, "numberOfReplicas": "3", "staleReplicaTimeout": "2880"}
+    report = work / "junit.xml"
+    command = [
+        BINARY,
+        f"--csi.endpoint=unix://{node.socket}",
+        f"--csi.mountdir={work / 'mount'}",
+        f"--csi.stagingdir={work / 'staging'}",
+        f"--csi.secrets={write(work / 'secrets.yaml', SECRETS)}",
+        f"--csi.testvolumeparameters={write(work / 'parameters.yaml', parameters)}",
+        f"--csi.testvolumesize={32 * MIB}",
+        f"--csi.testvolumeexpandsize={48 * MIB}",
+        f"--csi.testvolumeaccesstype={access}",
+        f"--ginkgo.junit-report={report}",
+        "--ginkgo.no-color",
+        "--ginkgo.seed=1",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
+    print(done.stdout, done.stderr)
+    assert report.exists(), f"csi-sanity exited with {done.returncode} and left no report"
+    return Report.read(report)
+
+
+@pytest.mark.parametrize("access", ["mount", "block"])
+def test_csi_sanity_finds_nothing_and_nothing_is_left(home: Path, tell: dict[str, Report], access: str) -> None:
+    node = Node(home)
+    make_image(node, home)
+    with node.server(), connected(node.socket) as channel:
+        report = csi_sanity(node, home, access)
+        left = csi_pb2_grpc.ControllerStub(channel).ListVolumes(csi_pb2.ListVolumesRequest()).entries
+        mapped = leftovers()
+    tell[f"encrypted volumes from an encrypted image, {access}"] = report
+    assert not report.failed, node.log.read_text()[-20_000:]
+    assert report.passed
+    assert not [reason for reason in report.skipped if not any(word in reason for word in NOT_OFFERED)]
+    assert not left, "it left volumes"
+    assert not mapped, "it left devices or mounts"
