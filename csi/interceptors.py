@@ -13,7 +13,7 @@ import grpc
 
 from csi import limits
 from csi.redact import redacted, without_secrets
-from plugin import events
+from plugin import events, logs
 from plugin.errors import EbiError, Kind, unavailable
 
 log = logging.getLogger(__name__)
@@ -51,11 +51,13 @@ class Calls(grpc.ServerInterceptor):
         handler = continuation(details)
         if handler is None or handler.unary_unary is None:
             return handler
-        service, _, method = details.method.rpartition("/")
+        method = details.method
 
         def call(request: Any, context: grpc.ServicerContext) -> Any:
-            with self._counted():
-                return self._call(handler.unary_unary, service, method, request, context)
+            number = next(self._numbers)
+            volume = getattr(request, "volume_id", "") or getattr(request, "name", "")
+            with self._counted(), logs.context(request_id=str(number), method=method.rpartition("/")[2], volume=volume):
+                return self._call(number, handler.unary_unary, method, request, context)
 
         return grpc.unary_unary_rpc_method_handler(
             call, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
@@ -72,9 +74,9 @@ class Calls(grpc.ServerInterceptor):
                 self.running -= 1
 
     def _call(
-        self, method: Callable[..., Any], service: str, name: str, request: Any, context: grpc.ServicerContext
+        self, number: int, behaviour: Callable[..., Any], method: str, request: Any, context: grpc.ServicerContext
     ) -> Any:
-        number = next(self._numbers)
+        service, _, name = method.rpartition("/")
         level = logging.DEBUG if name.startswith(_ASKING) else logging.INFO
         log.log(level, "call %d: %s %s", number, name, redacted(request))
         start = time.monotonic()
@@ -83,7 +85,7 @@ class Calls(grpc.ServerInterceptor):
             if not self._ready.is_set() and not service.endswith("Identity"):
                 raise unavailable("the driver is starting", "try again in a moment")
             limits.check(request)
-            response = method(request, context)
+            response = behaviour(request, context)
             log.debug("call %d: answer %s", number, redacted(response))
             return response
         except EbiError as error:

@@ -1,5 +1,6 @@
 """Around every call: what is logged of it, what is counted, and how failures look from outside."""
 
+import io
 import json
 import logging
 import re
@@ -7,7 +8,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from csi.interceptors import CODES, Calls
 from csi.redact import redacted
 from csi.stubs import csi_pb2, csi_pb2_grpc
-from plugin import events
+from plugin import events, logs
 from plugin.errors import EbiError, Kind
 from tests.unit.csi_node import connected, mount, refused, running
 
@@ -169,3 +170,23 @@ def test_every_call_is_counted_with_its_code_and_its_time() -> None:
         ("NodeStageVolume", "INVALID_ARGUMENT"),
     ]
     assert all(0 < call.seconds < 60 for call in calls)
+
+
+def test_lines_of_the_driver_itself_tell_the_call_and_the_volume_they_belong_to() -> None:
+    logger, out = logging.getLogger("plugin.test"), io.StringIO()
+
+    def behaviour(request: Any, context: Any) -> Any:
+        logger.warning("something")
+        return csi_pb2.NodeStageVolumeResponse()
+
+    before = logging.root.handlers[:]
+    with redirect_stderr(out):
+        logs.configure("info", "json")
+    try:
+        with serving(behaviour) as node:
+            node.NodeStageVolume(STAGE)
+    finally:
+        logging.root.handlers[:] = before
+    lines = [json.loads(line) for line in out.getvalue().splitlines()]
+    (line,) = [line for line in lines if line["logger"] == "plugin.test"]
+    assert (line["request_id"], line["method"], line["volume"]) == ("1", "NodeStageVolume", "pvc-1")
