@@ -39,10 +39,11 @@ def copy(
     """Copy `runs` of `source` into `target`; returns the runs that were not all zeros, which alone were written.
 
     A dense target gets all of `runs`. `advance` is called with bytes as they are done; what it raises ends the copy.
-    `workers`: 0 for one a core. Nothing is synced. Raises what a worker met, and INTERNAL when one died.
+    `workers`: 0 for one a core and one more. Nothing is synced. Raises what a worker met, and INTERNAL when one died.
     """
     pieces = _pieces(runs)
-    wanted = workers or min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
+    # One more than there are cores, for the disk's sake: a worker that writes or reads ciphers nothing.
+    wanted = workers or min(len(os.sched_getaffinity(0)) + 1, _MOST_WORKERS)
     count = max(1, min(wanted, -(-extents.total(runs) // PIECE)))
     origin = source.description()
     job = {"source": origin, "target": target.description(), "parent": os.getpid()}

@@ -13,7 +13,7 @@ from plugin.errors import invalid, not_found, unavailable
 from plugin.settings import Settings
 
 if TYPE_CHECKING:
-    from urllib3.response import BaseHTTPResponse
+    from urllib3 import BaseHTTPResponse, PoolManager
 
 PIECE = 1 << 20
 _REDIRECTS = 10
@@ -55,10 +55,7 @@ def download(url: str, settings: Settings) -> Iterator[Download]:
             raise unavailable(f"the download of {url} failed: {_words(error)}", "try again later") from error
 
 
-def _opened(pool: "object", url: str, settings: Settings) -> "BaseHTTPResponse":
-    from urllib3 import PoolManager  # noqa: PLC0415
-
-    assert isinstance(pool, PoolManager)
+def _opened(pool: "PoolManager", url: str, settings: Settings) -> "BaseHTTPResponse":
     at = url
     for _ in range(_REDIRECTS):
         _check_host(at, settings)
