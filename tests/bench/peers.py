@@ -1,0 +1,36 @@
+"""Who we are measured against. Each function does a whole job, the fsync included where it says so."""
+
+from pathlib import Path
+
+from tests.bench.ours import PASSPHRASE, run
+from tests.bench.timing import synced
+
+# Same cipher and key as ours. qemu-img writes LUKS1, whose derivation takes `iter-time` milliseconds: the least, so
+# that next to nothing but the payload counts on its side.
+_LUKS = "cipher-alg=aes-256,cipher-mode=xts,ivgen-alg=plain64,hash-alg=sha256,iter-time=10"
+_SECRET = ["--object", "secret,id=key,file=/dev/stdin"]
+
+
+def copy(source: Path, target: Path, *, reflink: bool = False) -> None:
+    """cp and fsync."""
+    run(["cp", f"--reflink={'auto' if reflink else 'never'}", source, target])
+    synced(target)
+
+
+def qemu_encrypt(source: Path, target: Path, *, form: str = "raw") -> None:
+    """qemu-img into a LUKS file, and fsync."""
+    options = ["-f", form, "-O", "luks", "-o", f"key-secret=key,{_LUKS}"]
+    run(["qemu-img", "convert", *_SECRET, *options, source, target], stdin=PASSPHRASE.encode())
+    synced(target)
+
+
+def qemu_decrypt(source: Path, target: Path) -> None:
+    """qemu-img out of a LUKS file, and fsync."""
+    image = f"driver=luks,key-secret=key,file.driver=file,file.filename={source}"
+    run(["qemu-img", "convert", *_SECRET, "--image-opts", image, "-O", "raw", target], stdin=PASSPHRASE.encode())
+    synced(target)
+
+
+def sha512(source: Path) -> None:
+    """sha512sum."""
+    run(["sha512sum", source])

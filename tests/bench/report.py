@@ -1,0 +1,56 @@
+"""docs/benchmarks.md and its plots, written from docs/benchmarks.json, where a new run of a suite replaces the old."""
+
+import json
+from pathlib import Path
+
+from tests.bench import plot
+from tests.bench.result import Results, table
+
+_TITLES = {
+    "images": "Images, file to file",
+    "longhorn": "Against Longhorn's way",
+}
+_HEAD = """\
+# Benchmarks
+
+Written by `make bench` from [benchmarks.json](benchmarks.json), which holds every single value; not to be edited.
+Figures depend on the machine; ours and a peer's in one row come from one run on the same one. A ratio is ours over the
+peer's, so less than 1 means that we are faster. Each row says what is asked of it, and whether it was met in this run.
+"""
+
+
+def write(found: Path, docs: Path) -> None:
+    """Take over the suites measured into `found`, and write everything below `docs` anew."""
+    kept = docs / "benchmarks.json"
+    suites = json.loads(kept.read_text()) if kept.exists() else {}
+    for name in _TITLES:
+        measured = found / f"bench-{name}.json"
+        if measured.exists():
+            suites[name] = json.loads(measured.read_text())
+    kept.write_text(json.dumps(suites, indent=1, sort_keys=True) + "\n")
+    results = [Results.restored(suites[name]) for name in _TITLES if name in suites]
+    (docs / "benchmarks.md").write_text(text(results))
+    (docs / "plots").mkdir(exist_ok=True)
+    for one in results:
+        for picture in one.plots:
+            (docs / "plots" / f"{picture.name}.svg").write_text(plot.svg(picture))
+
+
+def text(results: list[Results]) -> str:
+    """The page."""
+    return "\n".join([_HEAD, *(_section(one) for one in results)])
+
+
+def _section(found: Results) -> str:
+    met = [row.met for row in found.rows if row.met is not None]
+    facts = "; ".join(f"{name} {value}" for name, value in found.machine.items())
+    head = ["what", "ours", "peer", "ratio", "target", "met"]
+    parts = [
+        f"## {_TITLES[found.suite]}",
+        f"{sum(met)} of {len(met)} targets met. Machine: {facts}.",
+        "\n".join(f"- {line}" for line in found.how),
+        table(head, [row.cells() for row in found.rows]),
+        *found.remarks,
+        *(f"![{picture.title}](plots/{picture.name}.svg)" for picture in found.plots),
+    ]
+    return "\n\n".join(parts) + "\n"
