@@ -20,7 +20,7 @@ from plugin.images import Images
 from plugin.settings import Settings
 
 # Seconds. A mount takes milliseconds, a key derivation seconds, a large image minutes.
-_QUICK = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_QUICK = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _LONG = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600)
 _KINDS = ("img", "base", "cow", "vol")
 _STATES = (

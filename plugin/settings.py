@@ -26,6 +26,7 @@ class Settings:
     metrics_address: str = _setting("", "serve Prometheus metrics at this HOST:PORT; empty: not at all")
     grace_seconds: float = _setting(30.0, "how long running calls may take to finish after SIGTERM, in seconds")
     log_level: str = _setting("info", "debug, info, warning or error")
+    log_format: str = _setting("text", "log lines as text or as json")
     workers: int = _setting(0, "worker processes that encrypt and copy; 0: one a core, and one more")
     allow_loopback: bool = _setting(True, "let a download's URL name a loopback host")
     allow_files: bool = _setting(True, "let a download's URL be a file:// of this machine")

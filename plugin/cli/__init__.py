@@ -4,11 +4,11 @@ A module has `add(subparsers)`, which describes its command, and the function th
 parsed arguments and the settings, and returns the exit status.
 """
 
-import logging
 import resource
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
+from plugin import logs
 from plugin.cli import apply, delete, get, serve, volume
 from plugin.errors import EbiError
 from plugin.settings import Settings
@@ -28,7 +28,7 @@ def parser() -> ArgumentParser:
         epilog=_EPILOG,
         formatter_class=RawDescriptionHelpFormatter,
     )
-    Settings.add_arguments(top, "data_dir", "log_level")
+    Settings.add_arguments(top, "data_dir", "log_level", "log_format")
     commands = top.add_subparsers(required=True, metavar="COMMAND", title="commands")
     for module in (apply, get, delete, serve, volume):
         module.add(commands)
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         settings = Settings.load(arguments)
-        logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        logs.configure(settings.log_level, settings.log_format)
         return int(arguments.run(arguments, settings))
     except EbiError as error:
         complain(error)

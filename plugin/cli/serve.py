@@ -3,6 +3,7 @@
 from argparse import Namespace
 from typing import Any
 
+from plugin.host import budget
 from plugin.host.files import private_directory
 from plugin.images import Images
 from plugin.settings import Settings
@@ -35,6 +36,8 @@ def run(arguments: Namespace, settings: Settings) -> int:
     """Serve until SIGTERM."""
     from csi import server
 
+    if settings.unlock_memory:
+        budget.shared().limit = settings.unlock_memory << 20
     images = Images(private_directory(settings.data_dir) / "images", settings)
     volumes = Volumes(settings.data_dir / "volumes", images, settings)
     server.serve(volumes, images, settings)
