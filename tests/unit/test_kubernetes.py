@@ -165,7 +165,7 @@ class TestPod:
         for container in (OURS, *POD["initContainers"]):
             assert container["image"] == f"ebi:{version('ebi')}"
         for sidecar in SIDECARS:
-            assert re.fullmatch(r"\S+/sig-storage/[a-z-]+:v\d+\.\d+\.\d+", sidecar["image"])
+            assert re.fullmatch(r"sig-storage/[a-z-]+:v\d+\.\d+\.\d+", sidecar["image"])
 
     def test_each_node_provisions_its_own_volumes(self) -> None:
         given = flags("csi-provisioner")
