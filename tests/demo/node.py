@@ -54,9 +54,10 @@ class Node:
         command += ["--endpoint", f"unix://{self.socket}", "--metrics-address", f"127.0.0.1:{self.metrics_port}"]
         with self.log.open("ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log)
-        channel = grpc.insecure_channel(f"unix://{self.socket}")
+        # gRPC would wait ever longer between its attempts, and a slow machine starts slowly.
+        channel = grpc.insecure_channel(f"unix://{self.socket}", options=[("grpc.max_reconnect_backoff_ms", 1000)])
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 240
             identity = csi_pb2_grpc.IdentityStub(channel)
             while True:
                 try:

@@ -27,7 +27,7 @@ IMAGE = "parrot-cloned-encrypted"
 CALLS = ("CreateVolume", "DeleteVolume", "NodeStageVolume", "NodePublishVolume", "ControllerExpandVolume")
 SECRETS = {f"{call}Secret": SECRET for call in (*CALLS, "ControllerValidateVolumeCapabilities")}
 # What the driver does not offer; a test may be skipped for want of these only.
-NOT_OFFERED = ("Publish", "Snapshot", "Clon", "odify", "GroupController", "testnodevolumeattachlimit")
+NOT_OFFERED = ("ublish", "Snapshot", "Clon", "odify", "GroupController", "testnodevolumeattachlimit")
 
 
 def write(path: Path, document: object) -> Path:

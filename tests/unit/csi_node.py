@@ -61,8 +61,9 @@ def running(**changes: Any) -> Iterator[Node]:
 
 @contextmanager
 def connected(path: Path) -> Iterator[grpc.Channel]:
-    """A channel to the socket `path`, of its own: gRPC would share one between tests."""
-    with grpc.insecure_channel(f"unix:{path}", options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+    """A channel to the socket `path`, of its own (gRPC would share one between tests), and soon there."""
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 1000)]
+    with grpc.insecure_channel(f"unix:{path}", options=options) as channel:
         yield channel
 
 
