@@ -63,7 +63,7 @@ class BackingImage:
         image = cls(
             manifest.name, manifest.namespace, str(uuid.uuid4()), created or now(), manifest.spec, Status(), directory
         )
-        return image.changed(encrypted=manifest.spec.encryption == "encrypt")
+        return image.changed(encrypted=manifest.spec.encryption in ("encrypt", "reencrypt"))
 
     @property
     def described(self) -> str:

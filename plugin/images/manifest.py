@@ -14,9 +14,11 @@ DEFAULT_NAMESPACE = "longhorn-system"
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _CHECKSUM = re.compile(r"[0-9a-f]{128}")
+_SECRET = ("secret", "secret-namespace")
+_SOURCE_SECRET = ("source-secret", "source-secret-namespace")
 _PARAMETERS = {
     "download": {"url"},
-    "clone": {"backing-image", "encryption", "secret", "secret-namespace", "sparse"},
+    "clone": {"backing-image", "encryption", *_SECRET, *_SOURCE_SECRET, "sparse"},
 }
 # Fields of Longhorn's that say where copies go. They are kept, and have no effect on one node.
 _WITHOUT_EFFECT = ("minNumberOfCopies", "nodeSelector", "diskSelector", "dataEngine", "disks")
@@ -35,7 +37,7 @@ class Spec:
 
     @property
     def encryption(self) -> str:
-        """`ignore`, `encrypt` or `decrypt` for a clone; empty for anything else."""
+        """`ignore`, `encrypt`, `decrypt` or `reencrypt` for a clone; empty for anything else."""
         return (self.parameters.get("encryption") or "ignore") if self.source_type == "clone" else ""
 
     @property
@@ -137,17 +139,31 @@ def _check(manifest: Manifest) -> None:
         _check_url(manifest)
     elif not _NAME.fullmatch(spec.source):
         raise _bad_parameter(manifest, "backing-image", "name the backing image to clone")
-    elif spec.encryption not in ("ignore", "encrypt", "decrypt"):
+    elif spec.encryption not in ("ignore", "encrypt", "decrypt", "reencrypt"):
         raise invalid(
-            f"encryption {spec.encryption} is not supported for {manifest.described}", "use ignore, encrypt or decrypt"
+            f"encryption {spec.encryption} is not supported for {manifest.described}",
+            "use ignore, encrypt, decrypt or reencrypt",
         )
-    elif spec.encryption != "ignore" and not (
-        spec.parameters.get("secret") and spec.parameters.get("secret-namespace")
-    ):
+    elif spec.encryption != "ignore":
+        _check_secrets(manifest)
+
+
+def _check_secrets(manifest: Manifest) -> None:
+    """A clone that changes the encryption names the secrets for that; `reencrypt` alone needs the source's too."""
+    spec = manifest.spec
+    if not all(spec.parameters.get(key) for key in _SECRET):
         raise invalid(
             f"secret is not provided for encryption or decryption during cloning of {manifest.described}",
             "set the sourceParameters secret and secret-namespace",
         )
+    given = [key for key in _SOURCE_SECRET if spec.parameters.get(key)]
+    if spec.encryption == "reencrypt" and len(given) != len(_SOURCE_SECRET):
+        raise invalid(
+            f"the secret of the source is not provided for reencryption during cloning of {manifest.described}",
+            "set the sourceParameters source-secret and source-secret-namespace",
+        )
+    if spec.encryption != "reencrypt" and given:
+        raise _bad_parameter(manifest, given[0], "only encryption: reencrypt knows it")
 
 
 def _check_url(manifest: Manifest) -> None:

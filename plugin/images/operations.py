@@ -96,12 +96,15 @@ def clone(image: BackingImage) -> Operation:
     return run
 
 
-def encrypt(image: BackingImage, parameters: SecretParameters, *, sparse: bool) -> Operation:
-    """The disk of `image`, raw or qcow2, as a LUKS2 device under `parameters`."""
+def encrypt(
+    image: BackingImage, parameters: SecretParameters, *, old: SecretParameters | None = None, sparse: bool
+) -> Operation:
+    """The disk of `image` as a LUKS2 device under `parameters`; `old` opens it where it is one already."""
 
     def run(work: Work) -> Made:
-        with formats.opened(image.path, image.status.format) as source, _created(work.path) as fd:
-            runs = _runs(source, sparse=sparse)
+        key = header.volume_key(image.path, old.passphrase, image.described) if old else None
+        with formats.opened(image.path, image.status.format, key) as source, _created(work.path) as fd:
+            runs = image.extents() if old and sparse else _runs(source, sparse=sparse)
             cipher = CipherSpec(parameters.cipher, header.new_key(parameters), _sector_size(source))
             os.ftruncate(fd, header.PAYLOAD_OFFSET + source.size)
             # The key derivation needs a core, the payload mostly the disk, and neither needs the other.

@@ -1,7 +1,7 @@
 """What a manifest may ask for, given the other images and the secrets; and what follows from those for itself."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from plugin.errors import EbiError, Kind, exists, invalid, precondition, unsupported
 from plugin.images.formats import Format
@@ -23,6 +23,13 @@ def resolved(manifest: Manifest, find: Callable[[str], BackingImage | None]) -> 
     elif spec.encryption == "encrypt":
         if source.encrypted:
             raise _already(manifest, "re-encrypt", "encrypted", source)
+        found = ("", spec.parameters["secret"], spec.parameters["secret-namespace"])
+    elif spec.encryption == "reencrypt":
+        if not source.encrypted:
+            raise invalid(
+                f"cannot re-encrypt the backing image, {source.name} is not encrypted: {manifest.described}",
+                "use encryption: encrypt",
+            )
         found = ("", spec.parameters["secret"], spec.parameters["secret-namespace"])
     else:
         if not source.encrypted:
@@ -60,14 +67,30 @@ def unchanged(wanted: Manifest, image: BackingImage) -> Spec:
     return replace(old, other=new.other)
 
 
-def parameters(manifest: Manifest, secrets: SecretSource) -> SecretParameters | None:
-    """What the manifest's secret says, where it needs one. Raises NOT_FOUND, INVALID, UNSUPPORTED."""
-    spec = manifest.spec
-    name, namespace = spec.secret, spec.secret_namespace
-    if spec.encryption == "decrypt":
-        name, namespace = spec.parameters["secret"], spec.parameters["secret-namespace"]
-    elif spec.encryption != "encrypt":
-        return None
+@dataclass(frozen=True)
+class Keys:
+    """The secrets of a clone: `old` opens its source, `new` closes the image; None where there is none of its kind."""
+
+    old: SecretParameters | None = None
+    new: SecretParameters | None = None
+
+
+def keys(manifest: Manifest, secrets: SecretSource) -> Keys:
+    """What the manifest's secrets say, where it needs any. Raises NOT_FOUND, INVALID, UNSUPPORTED."""
+    if manifest.spec.encryption in ("", "ignore"):
+        return Keys()
+    found = parameters(manifest, secrets, "secret")
+    if manifest.spec.encryption == "decrypt":
+        return Keys(old=found)
+    check_cipher(found, manifest.described)
+    if manifest.spec.encryption == "encrypt":
+        return Keys(new=found)
+    return Keys(parameters(manifest, secrets, "source-secret"), found)
+
+
+def parameters(manifest: Manifest, secrets: SecretSource, key: str) -> SecretParameters:
+    """What the secret says that the parameter `key` names. Raises NOT_FOUND, INVALID."""
+    name, namespace = (manifest.spec.parameters[part] for part in (key, f"{key}-namespace"))
     try:
         data = secrets.get(name, namespace)
     except EbiError as error:
@@ -78,14 +101,16 @@ def parameters(manifest: Manifest, secrets: SecretSource) -> SecretParameters | 
             kind=error.kind,
             hint=error.hint,
         ) from error
-    found = SecretParameters.from_data(data, manifest.described)
-    if spec.encryption == "encrypt" and not payload.supports(found.cipher, found.key_size):
+    return SecretParameters.from_data(data, manifest.described)
+
+
+def check_cipher(found: SecretParameters, owner: str) -> None:
+    """Raises UNSUPPORTED where the payload writer does not know the cipher that `owner` shall have."""
+    if not payload.supports(found.cipher, found.key_size):
         raise unsupported(
-            f"nothing here can do the cipher {found.cipher} with a key of {found.key_size} bits for"
-            f" {manifest.described}",
+            f"nothing here can do the cipher {found.cipher} with a key of {found.key_size} bits for {owner}",
             f"use {payload.XTS} with a key of 256 or 512 bits",
         )
-    return found
 
 
 def _secret(spec: Spec) -> str:

@@ -143,13 +143,13 @@ class Images:
         spec = wanted.spec
         if spec.source_type == "download":
             return _Job("download", operations.download(spec.parameters["url"], spec.checksum))
-        found = rules.parameters(wanted, secrets)
+        keys = rules.keys(wanted, secrets)
         source = held.enter_context(self.held(spec.source))
-        if found is None:
-            return _Job("clone", operations.clone(source))
-        if spec.encryption == "encrypt":
-            return _Job("encrypt", operations.encrypt(source, found, sparse=spec.sparse))
-        return _Job("decrypt", operations.decrypt(source, found.passphrase, sparse=spec.sparse))
+        if keys.new:
+            return _Job(spec.encryption, operations.encrypt(source, keys.new, old=keys.old, sparse=spec.sparse))
+        if keys.old:
+            return _Job("decrypt", operations.decrypt(source, keys.old.passphrase, sparse=spec.sparse))
+        return _Job("clone", operations.clone(source))
 
     def _run(self, job: _Job, report: Reporter) -> BackingImage:
         image = report.image
