@@ -5,10 +5,12 @@ go to EBI_RESULTS, or .cache/results. Exit status 1 when a target was missed.
 """
 
 import argparse
+import compileall
 import json
 import os
 import shutil
 import signal
+import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from pathlib import Path
 from tests.bench import images, longhorn, machine, report
 from tests.bench.ours import Store
 from tests.bench.result import MIB, Results
+from tests.bench.timing import Clock
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,21 +36,31 @@ def _work() -> Iterator[Path]:
         shutil.rmtree(directory)
 
 
-def _images(arguments: argparse.Namespace) -> Results:
-    with _work() as work:
-        results = Results("images", machine.facts(work), [*images.HOW, f"Rounds: {arguments.rounds} or more."])
-        suite = images.Suite(Store(work), results, arguments.size * MIB, arguments.rounds)
-        for name in arguments.only or images.SECTIONS:
-            images.SECTIONS[name](suite)
-    return results
+def _images(arguments: argparse.Namespace, work: Path, results: Results, clock: Clock) -> None:
+    suite = images.Suite(Store(work), results, arguments.size * MIB, clock)
+    for name in arguments.only or images.SECTIONS:
+        images.SECTIONS[name](suite)
 
 
-def _longhorn(arguments: argparse.Namespace) -> Results:
+def _longhorn(arguments: argparse.Namespace, work: Path, results: Results, clock: Clock) -> None:
     if not longhorn.possible():
         sys.exit("tests.bench: this needs root, loop devices and device-mapper; run it through tests/vm/run")
+    longhorn.measure(longhorn.Suite(Store(work), results, arguments.size * MIB, clock))
+
+
+def _measured(arguments: argparse.Namespace) -> Results:
+    """Run a suite."""
+    # As it is installed: with the bytecode beside the sources.
+    compileall.compile_dir(ROOT / "plugin", quiet=1)
+    clock = Clock(arguments.rounds, arguments.patience)
     with _work() as work:
-        results = Results("longhorn", machine.facts(work), [*longhorn.HOW, f"Rounds: {arguments.rounds} or more."])
-        longhorn.measure(longhorn.Suite(Store(work), results, arguments.size * MIB, arguments.rounds))
+        results = Results(arguments.suite, machine.facts(work), arguments.how)
+        arguments.run(arguments, work, results, clock)
+    if clock.noise:
+        results.remark(
+            f"{len(clock.noise)} runs count; other processes took {100 * statistics.median(clock.noise):.0f} % of the"
+            f" processor in the median one, {100 * max(clock.noise):.0f} % in the worst."
+        )
     return results
 
 
@@ -57,13 +70,19 @@ def main() -> int:
         prog="python -m tests.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, run, size in (("images", _images, 2048), ("longhorn", _longhorn, 256)):
+    suites = (("images", _images, 2048, images.HOW), ("longhorn", _longhorn, 256, longhorn.HOW))
+    for name, run, size, how in suites:
         command = commands.add_parser(name)
         command.add_argument("--size", type=int, default=size, metavar="MIB", help="default: %(default)s")
         command.add_argument("--rounds", type=int, default=3, help="runs of each contender (default: %(default)s)")
+        command.add_argument(
+            "--patience", type=float, default=30, metavar="SECONDS",
+            help="how long to wait before each run for the other processes to be quiet; 0: not, and no run again"
+            " because of them (default: %(default)s)",
+        )  # fmt: skip
         if name == "images":
             command.add_argument("--only", action="append", choices=images.SECTIONS, help="these sections only")
-        command.set_defaults(run=run)
+        command.set_defaults(suite=name, run=run, how=how)
     commands.add_parser("report").set_defaults(run=None)
     arguments = parser.parse_args()
     found = Path(os.environ.get("EBI_RESULTS", ROOT / ".cache/results"))
@@ -71,7 +90,7 @@ def main() -> int:
         report.write(found, ROOT / "docs")
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    results = arguments.run(arguments)
+    results = _measured(arguments)
     found.mkdir(parents=True, exist_ok=True)
     # Parts of a suite are for looking at; a report is made of whole ones.
     name = "bench-part.json" if getattr(arguments, "only", None) else f"bench-{results.suite}.json"

@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.bench import content, peers
 from tests.bench.ours import Store, run
 from tests.bench.result import MIB, Plot, Results, Row, Values
-from tests.bench.timing import Contender, compare, settle
+from tests.bench.timing import Clock, Contender
 from tests.bench.watch import disk_usage, watched
 
 HOW = [
@@ -34,12 +34,12 @@ _MOST_DISK = 256 * 1.05 + 17  # MiB
 
 @dataclass
 class Suite:
-    """What the sections share: `size` bytes of a dense image, `rounds` of each measurement."""
+    """What the sections share; `size` is that of the dense image, in bytes."""
 
     store: Store
     results: Results
     size: int
-    rounds: int
+    clock: Clock
 
     @property
     def label(self) -> str:
@@ -89,12 +89,12 @@ def _crypt(suite: Suite, golden: Path) -> None:
     for derivation in ("default", "forced"):
         ours = suite.ours("golden", "encrypt", derivation)
         others = [cp, qemu] if derivation == "default" else [cp]
-        found = compare([ours, *others], suite.rounds)
+        found = suite.clock.compare([ours, *others])
         what = f"encrypt {suite.label} dense, {derivation} derivation"
         suite.row(what, found, "cp", 1.25, _SLACK)
         if qemu in others:
             suite.row(what, found, "qemu-img", 0.25)
-    found = compare([suite.ours("golden", "encrypt", "default"), cp], suite.rounds, cold=[golden])
+    found = suite.clock.compare([suite.ours("golden", "encrypt", "default"), cp], cold=[golden])
     suite.row(f"encrypt {suite.label} dense, default derivation, cold", found, "cp", 1.25, _SLACK)
 
     foreign = suite.store.work / "foreign.luks"
@@ -103,7 +103,7 @@ def _crypt(suite: Suite, golden: Path) -> None:
     for derivation in ("default", "forced"):
         suite.store.ebi(*suite.store.clone("sealed", "golden", "encrypt", derivation))
         others = [cp, qemu] if derivation == "default" else [cp]
-        found = compare([suite.ours("sealed", "decrypt", derivation), *others], suite.rounds)
+        found = suite.clock.compare([suite.ours("sealed", "decrypt", derivation), *others])
         what = f"decrypt {suite.label} dense, {derivation} derivation"
         suite.row(what, found, "cp", 1.25, _SLACK)
         if qemu in others:
@@ -116,7 +116,7 @@ def clone(suite: Suite) -> None:
     """A clone as it is, against cp: copied, and shared where the filesystem can."""
     with suite.images(golden=suite.dense(suite.size)) as files:
         cp = suite.peer("cp", peers.copy, files["golden"], reflink=True)
-        found = compare([suite.ours("golden", "ignore"), cp], suite.rounds)
+        found = suite.clock.compare([suite.ours("golden", "ignore"), cp])
         suite.row(f"clone {suite.label} dense as it is", found, "cp", 1.1)
     with _reflinking(suite) as other:
         if other is None:
@@ -124,7 +124,7 @@ def clone(suite: Suite) -> None:
             return
         with other.images(golden=other.dense(suite.size // 2)) as files:
             cp = other.peer("cp", peers.copy, files["golden"], reflink=True)
-            found = compare([other.ours("golden", "ignore"), cp], suite.rounds)
+            found = suite.clock.compare([other.ours("golden", "ignore"), cp])
             ours, peer = found["ours"], found["cp"]
             row = Row(f"clone {_label(suite.size // 2)} by reflink", "s", ours, "cp --reflink", peer, "at once", _SLACK)
             suite.results.add(row)
@@ -144,7 +144,7 @@ def _reflinking(suite: Suite) -> Iterator[Suite | None]:
         yield None
     else:
         try:
-            yield Suite(Store(point), suite.results, suite.size, suite.rounds)
+            yield Suite(Store(point), suite.results, suite.size, suite.clock)
         finally:
             run(["umount", point])
     finally:
@@ -160,7 +160,7 @@ def checksum(suite: Suite) -> None:
     manifest = store.download("target", source, digest)
     ours = Contender("ours", lambda: store.ebi("apply", "-f", manifest), lambda: store.delete("target"))
     cp, sha512 = suite.peer("cp", peers.copy, source), Contender("sha512sum", lambda: peers.sha512(source))
-    found = compare([ours, cp, sha512], suite.rounds)
+    found = suite.clock.compare([ours, cp, sha512])
     longer = max(("cp", "sha512sum"), key=lambda name: found[name].median)
     suite.row(f"copy in {suite.label} with its SHA-512, beside the longer of the two", found, longer, 1.1, _SLACK)
     pairs = zip(found["cp"].all, found["sha512sum"].all, strict=True)
@@ -189,7 +189,7 @@ def sparse(suite: Suite) -> None:
 def _sparse(suite: Suite, form: str, small: str, large: str) -> None:
     store = suite.store
     dense = Contender("dense", suite.ours(small, "encrypt", "forced").run, lambda: store.delete("target"))
-    found = compare([suite.ours(large, "encrypt", "forced"), dense], suite.rounds)
+    found = suite.clock.compare([suite.ours(large, "encrypt", "forced"), dense])
     what = f"encrypt 20 GiB virtual with 256 MiB of data, {form}"
     row = Row(what, "s", found["ours"], "256 MiB dense", found["dense"], "at most 2 x peer", 2 * found["dense"].median)
     suite.results.add(row)
@@ -237,18 +237,23 @@ def together(suite: Suite) -> None:
         apart: list[float] = []
         last: list[float] = []
         unfair: list[float] = []
-        for _ in range(suite.rounds):
-            settle()
-            start = time.perf_counter()
+
+        def one_by_one() -> None:
             for command in commands:
                 store.ebi(*command)
-            apart.append(time.perf_counter() - start)
-            _delete(store, "one", "two")
-            settle()
-            ends = _at_once([store.command(*command) for command in commands])
-            last.append(max(ends))
+
+        def at_once() -> None:
+            ends[:] = _at_once([store.command(*command) for command in commands])
+
+        def clean() -> None:
+            for name in ("one", "two"):
+                store.delete(name)
+
+        ends: list[float] = []
+        for _ in range(suite.clock.rounds):
+            apart.append(suite.clock.time(one_by_one, clean))
+            last.append(suite.clock.time(at_once, clean))
             unfair.append(max(ends) / min(ends))
-            _delete(store, "one", "two")
     after, both = Values(tuple(apart)), Values(tuple(last))
     what = f"encrypt two of {_label(half)} at once"
     limit = 1.1 * after.median
@@ -270,11 +275,6 @@ def _at_once(commands: list[list[str | Path]]) -> list[float]:
             ends.append(time.perf_counter() - start)
             assert status == 0, "an operation beside another failed"
     return ends
-
-
-def _delete(store: Store, *names: str) -> None:
-    for name in names:
-        store.delete(name)
 
 
 def plots(suite: Suite) -> None:
@@ -305,7 +305,7 @@ def _throughput(suite: Suite, disk: Path, size: int, x: float, lines: dict[str, 
             suite.peer("cp with fsync (no encryption)", peers.copy, golden),
             suite.peer("qemu-img convert -O luks", peers.qemu_encrypt, golden),
         ]
-        for name, seconds in compare(contenders, suite.rounds).items():
+        for name, seconds in suite.clock.compare(contenders).items():
             lines.setdefault(name, []).append((x, size / MIB / seconds.median))
 
 

@@ -14,7 +14,7 @@ from plugin.luks.header import PAYLOAD_OFFSET
 from tests.bench import content
 from tests.bench.ours import FORCED, PASSPHRASE, Store, run
 from tests.bench.result import MIB, Plot, Results, Row, Values
-from tests.bench.timing import Contender, compare, synced
+from tests.bench.timing import Clock, Contender, synced
 
 HOW = [
     "Both sides in one run, on one kernel and disk. Longhorn's way is a script of ours that goes the way of its backing"
@@ -29,12 +29,12 @@ _MAPPER = "ebi-bench-longhorn"
 
 @dataclass
 class Suite:
-    """What the parts share: `size` bytes of a dense image, `rounds` of each measurement."""
+    """What the parts share; `size` is that of the image, in bytes."""
 
     store: Store
     results: Results
     size: int
-    rounds: int
+    clock: Clock
 
     def longhorn(self, source: Path, derivation: str, *, fsync: bool) -> Contender:
         """Longhorn's way."""
@@ -76,7 +76,7 @@ def measure(suite: Suite) -> None:
 
 
 def _compared(suite: Suite, golden: Path, derivation: str, *, fsync: bool) -> dict[str, Values]:
-    return compare([suite.ours(derivation), suite.longhorn(golden, derivation, fsync=fsync)], suite.rounds)
+    return suite.clock.compare([suite.ours(derivation), suite.longhorn(golden, derivation, fsync=fsync)])
 
 
 def _least(share: int) -> float:
