@@ -97,7 +97,7 @@ def volume(node: Node, kubelet: Kubelet, work: Path, wanted: dict[str, str]) -> 
     staging, target = node.staging / "pvc-demo", work / "kubelet" / "pod" / "mount"
 
     with step("CreateVolume"):
-        name = kubelet.create("pvc-demo", 1024 * MIB, parameters)
+        name = kubelet.create("pvc-demo", 640 * MIB, parameters)
     with step("NodeStageVolume with a wrong passphrase is refused"):
         try:
             kubelet.stage(name, staging, {**secrets, "CRYPTO_KEY_VALUE": "not the passphrase"})
@@ -171,11 +171,11 @@ def main() -> int:
     tree.mkdir()
     try:
         with step("make a golden image of real files: raw with holes, and compressed qcow2"):
-            copied = golden.fill_tree(Path("/usr/bin"), tree, limit=200 * MIB)
+            copied = golden.fill_tree(Path("/usr/bin"), tree, limit=128 * MIB)
             wanted = golden.hashes(tree)
-            golden.make_raw(tree, web / "parrot.raw", 640 * MIB)
+            golden.make_raw(tree, web / "parrot.raw", 384 * MIB)
             golden.make_qcow2(web / "parrot.raw", web / "parrot.qcow2")
-            print(f"    {len(wanted)} files, {copied / MIB:.0f} MiB, in a disk of 640 MiB")
+            print(f"    {len(wanted)} files, {copied / MIB:.0f} MiB, in a disk of 384 MiB")
         images(node, work, web)
         with step("ebi serve"):
             pass
