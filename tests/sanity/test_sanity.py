@@ -11,6 +11,9 @@ import pytest
 import yaml
 
 from csi.stubs import csi_pb2, csi_pb2_grpc
+from plugin.host.files import private_directory
+from plugin.images import DocumentSecrets, Images
+from plugin.settings import Settings
 from tests.demo import golden
 from tests.demo.__main__ import example
 from tests.demo.node import Node
@@ -43,8 +46,10 @@ def make_image(node: Node, work: Path) -> None:
     golden.make_raw(tree, raw, 16 * MIB)
     metadata = {"name": "longhorn-crypto", "namespace": "longhorn-system"}
     secret = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": SECRET}
-    node.ebi("apply", "-f", example("1-download.yaml", work, url=raw.as_uri(), checksum=golden.sha512(raw)))
-    node.ebi("apply", "-f", write(work / "secret.yaml", secret), "-f", example("3-encrypt.yaml", work))
+    images = Images(private_directory(node.data_dir) / "images", Settings(data_dir=node.data_dir))
+    download = example("1-download.yaml", work, url=raw.as_uri(), checksum=golden.sha512(raw))
+    for manifest in (download, example("3-encrypt.yaml", work)):
+        images.apply(yaml.safe_load(manifest.read_text()), DocumentSecrets([secret]))
 
 
 def csi_sanity(node: Node, work: Path, access: str) -> Report:
