@@ -101,6 +101,11 @@ class BackingImage:
         return self.directory / "extents.json"
 
     @property
+    def header_path(self) -> Path:
+        """The backup of an encrypted image's LUKS2 header."""
+        return self.directory / "header.luks"
+
+    @property
     def disk(self) -> Path:
         """The file that a device is made of: `path`, or the unpacked copy of a qcow2 image (`Images.raw` makes it)."""
         return self.directory / "unpacked" / "disk" if self.status.format is Format.QCOW2 else self.path

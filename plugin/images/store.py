@@ -20,6 +20,7 @@ from plugin.images.manifest import Manifest, check_name, parse
 from plugin.images.operations import Made, Operation, Work
 from plugin.images.progress import Progress, Reporter
 from plugin.images.secrets import SecretSource
+from plugin.luks import backup
 from plugin.settings import Settings
 
 _INTERRUPTED = "it was interrupted; apply its manifest again"
@@ -103,14 +104,25 @@ class Images:
         with locked(self._root / name, f"backing image {name}", shared=True):
             yield self.get(name)
 
+    @contextmanager
+    def changing(self, name: str) -> Iterator[tuple[BackingImage, Callable[[BackingImage], None]]]:
+        """The ready image `name`, which nobody else uses or changes inside the block, and what keeps it as changed.
+
+        Raises NOT_FOUND, BUSY, PRECONDITION for an image that is not ready.
+        """
+        self.get(name)
+        with self._locked(name):
+            image = self.get(name)
+            _check_ready(image)
+            yield image, self._catalog.save
+
     def raw(self, name: str) -> Path:
         """The file to make a device of: the image's own, or, for qcow2, its disk unpacked beside it, once.
 
         Raises NOT_FOUND, PRECONDITION for an image that is not ready, BUSY while another call unpacks it.
         """
         with self.held(name) as image:
-            if not image.ready:
-                raise precondition(f"{image.described} is {image.status.state}, not ready", image.status.message)
+            _check_ready(image)
             if image.disk.exists():
                 return image.disk
             with locked(image.disk.parent, f"the unpacked disk of {image.described}"):
@@ -178,6 +190,8 @@ class Images:
             extents.save(image.map_path, made.runs, made.virtual_size)
         image.partial.rename(image.path)
         sync_directory(image.directory)
+        if made.format is Format.LUKS:
+            backup.save(image.path, image.header_path, image.described)
         report.state(
             State.READY,
             progress=100,
@@ -217,6 +231,11 @@ class Images:
             finally:
                 if directory.exists() and self._catalog.get(name) is None:
                     shutil.rmtree(directory)
+
+
+def _check_ready(image: BackingImage) -> None:
+    if not image.ready:
+        raise precondition(f"{image.described} is {image.status.state}, not ready", image.status.message)
 
 
 def _clear(directory: Path) -> None:

@@ -16,7 +16,7 @@ from plugin.luks.parameters import Pbkdf, SecretParameters
 PAYLOAD_OFFSET = 16 << 20
 # cryptsetup(8), "RETURN CODES".
 _WRONG_PASSPHRASE, _OUT_OF_MEMORY = 2, 3
-_NO_QUESTIONS = ("--batch-mode", "--disable-locks")
+NO_QUESTIONS = ("--batch-mode", "--disable-locks")
 
 
 def new_key(parameters: SecretParameters) -> bytes:
@@ -40,14 +40,14 @@ def create(
     """
     pbkdf = cost or parameters.pbkdf
     with secret_fd(volume_key) as fd:
-        argv = ["cryptsetup", "luksFormat", *_NO_QUESTIONS, "--type", "luks2", "--key-file", "-"]
+        argv = ["cryptsetup", "luksFormat", *NO_QUESTIONS, "--type", "luks2", "--key-file", "-"]
         argv += ["--cipher", parameters.cipher, "--key-size", str(parameters.key_size), "--hash", parameters.hash]
         argv += [*pbkdf.arguments(), "--sector-size", str(sector_size), "--offset", str(PAYLOAD_OFFSET // 512)]
         argv += ["--volume-key-file", f"/proc/self/fd/{fd}"]
         try:
             run([*argv, "--", str(path)], stdin=parameters.passphrase, fds=(fd,))
         except CommandError as error:
-            raise _explained(error, owner, f"cannot make a LUKS2 header for {owner}") from error
+            raise explained(error, owner, f"cannot make a LUKS2 header for {owner}") from error
 
 
 def volume_key(path: Path, passphrase: bytes, owner: str) -> bytes:
@@ -55,11 +55,11 @@ def volume_key(path: Path, passphrase: bytes, owner: str) -> bytes:
 
     Raises INVALID when the passphrase does not open `owner`, EXHAUSTED without memory for the derivation.
     """
-    argv = ["cryptsetup", "luksDump", *_NO_QUESTIONS, "--dump-volume-key", "--key-file", "-", "--", str(path)]
+    argv = ["cryptsetup", "luksDump", *NO_QUESTIONS, "--dump-volume-key", "--key-file", "-", "--", str(path)]
     try:
         text = run(argv, stdin=passphrase).stdout.decode()
     except CommandError as error:
-        raise _explained(error, owner, f"cannot read the key of {owner}") from error
+        raise explained(error, owner, f"cannot read the key of {owner}") from error
     _, found, digits = text.partition("MK dump:")
     key = bytes.fromhex("".join(digits.split()))
     if not found or not key:
@@ -67,16 +67,18 @@ def volume_key(path: Path, passphrase: bytes, owner: str) -> bytes:
     return key
 
 
-def test_passphrase(path: Path, passphrase: bytes, owner: str) -> None:
-    """Return if the passphrase opens the LUKS2 file or device `path`; raises as `volume_key` does."""
-    argv = ["cryptsetup", "open", *_NO_QUESTIONS, "--type", "luks2", "--test-passphrase", "--key-file", "-"]
+def test_passphrase(path: Path, passphrase: bytes, owner: str, *, slot: int | None = None) -> None:
+    """Return if the passphrase opens the LUKS2 file or device `path` (by keyslot `slot`); raises as `volume_key`."""
+    argv = ["cryptsetup", "open", *NO_QUESTIONS, "--type", "luks2", "--test-passphrase", "--key-file", "-"]
+    argv += [] if slot is None else ["--key-slot", str(slot)]
     try:
         run([*argv, "--", str(path)], stdin=passphrase)
     except CommandError as error:
-        raise _explained(error, owner, f"cannot test the passphrase of {owner}") from error
+        raise explained(error, owner, f"cannot test the passphrase of {owner}") from error
 
 
-def _explained(error: CommandError, owner: str, what: str) -> EbiError:
+def explained(error: CommandError, owner: str, what: str) -> EbiError:
+    """What a failure of cryptsetup means for `owner`; `what` could not be done."""
     if error.returncode == _WRONG_PASSPHRASE:
         return invalid(f"the passphrase does not open {owner}", "give the secret that it was encrypted with")
     if error.returncode == _OUT_OF_MEMORY:
@@ -88,9 +90,11 @@ def _explained(error: CommandError, owner: str, what: str) -> EbiError:
 
 
 __all__ = [
+    "NO_QUESTIONS",
     "PAYLOAD_OFFSET",
     "Header",
     "create",
+    "explained",
     "is_luks",
     "new_key",
     "read",

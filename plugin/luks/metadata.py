@@ -82,6 +82,16 @@ def read_fd(fd: int, name: str) -> Header:
         raise invalid(f"the LUKS2 header of {name} makes no sense", "restore it from its backup") from None
 
 
+def damaged(path: Path) -> list[str]:
+    """Which of the two copies of the header are damaged: of "primary" and "secondary", those that are."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        whole = {offset == 0 for offset, magic in _places() if _copy(fd, offset, magic) is not None}
+    finally:
+        os.close(fd)
+    return [name for name, first in (("primary", True), ("secondary", False)) if first not in whole]
+
+
 def _places() -> list[tuple[int, bytes]]:
     return [(0, _MAGIC), *((size, _SECOND_MAGIC) for size in _SIZES)]
 
@@ -134,13 +144,14 @@ def _header(binary: tuple[Any, ...], document: dict[str, Any], name: str) -> Hea
         cipher=_text(segment["encryption"]),
         key_size=8 * int(slots[0][1]["key_size"]) if slots else 0,
         iv_tweak=tweak,
-        pbkdf=next((_pbkdf(slot["kdf"]) for _, slot in slots if slot["type"] == "luks2"), None),
+        pbkdf=next((pbkdf_of(slot["kdf"]) for _, slot in slots if slot["type"] == "luks2"), None),
         label=_string(binary[4]),
         json=document,
     )
 
 
-def _pbkdf(kdf: dict[str, Any]) -> Pbkdf:
+def pbkdf_of(kdf: dict[str, Any]) -> Pbkdf:
+    """A keyslot's derivation. Raises KeyError, TypeError or ValueError where it is none."""
     if kdf["type"] == "pbkdf2":
         return Pbkdf("pbkdf2", int(kdf["iterations"]))
     return Pbkdf(_text(kdf["type"]), int(kdf["time"]), int(kdf["memory"]), int(kdf["cpus"]))

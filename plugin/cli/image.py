@@ -1,0 +1,91 @@
+"""`ebi image`: what can be done with one backing image beyond applying and deleting it."""
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from plugin.cli import documents, output
+from plugin.errors import invalid
+from plugin.host.files import private_directory
+from plugin.images import DocumentSecrets, Images, headers
+from plugin.settings import Settings
+from plugin.volumes import Volumes
+
+_KEYSLOT_TITLES = ("KEYSLOT", "CIPHER", "KEYSIZE", "PBKDF", "ITERATIONS", "MEMORY", "PARALLEL")
+_Action = Callable[[Namespace, Settings, Images], None]
+
+
+def add(commands: Any) -> None:
+    """Describe the command and its own commands."""
+    image = commands.add_parser("image", help="change the key of a backing image, back up its header, and more")
+    actions = image.add_subparsers(required=True, metavar="ACTION", title="actions")
+
+    rekey = _action(actions, "rekey", _rekey, "change the passphrase of an encrypted image")
+    rekey.add_argument("-f", "--old", required=True, metavar="FILE", help="a file with the Secret that opens it now")
+    rekey.add_argument("--new", required=True, metavar="FILE", help="a file with the Secret that shall open it")
+    rekey.add_argument("--keep-old", action="store_true", help="let the old passphrase open it too, for its volumes")
+
+    header = actions.add_parser("header", help="show, back up or restore the LUKS2 header of an encrypted image")
+    parts = header.add_subparsers(required=True, metavar="ACTION", title="actions")
+    show = _action(parts, "show", _show, "tell cipher, keyslots and the state of the header")
+    show.add_argument("-o", "--output", choices=output.FORMATS, default="table", help="default: table")
+    backup = _action(parts, "backup", _backup, "write the header to a file, which is as secret as the image")
+    backup.add_argument("file", type=Path, metavar="FILE")
+    restore = _action(parts, "restore", _restore, "put a header back; with it come the passphrases it had")
+    restore.add_argument("file", type=Path, nargs="?", metavar="FILE", help="default: the backup beside the image")
+
+
+def _action(actions: Any, name: str, run: _Action, text: str) -> Any:
+    command = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    command.add_argument("name", metavar="NAME", help="the backing image")
+
+    def call(arguments: Namespace, settings: Settings) -> int:
+        run(arguments, settings, Images(private_directory(settings.data_dir) / "images", settings))
+        return 0
+
+    command.set_defaults(run=call)
+    return command
+
+
+def _rekey(arguments: Namespace, settings: Settings, images: Images) -> None:
+    volumes = Volumes(settings.data_dir / "volumes", images, settings)
+    _, old = _secret(arguments.old)
+    secret, new = _secret(arguments.new)
+    users = volumes.using(arguments.name)
+    headers.rekey(images, arguments.name, old, new, secret, keep_old=arguments.keep_old, users=users)
+    print(f"backingimage/{arguments.name} rekeyed")
+
+
+def _backup(arguments: Namespace, _: Settings, images: Images) -> None:
+    headers.save_backup(images, arguments.name, arguments.file)
+    print(f"backingimage/{arguments.name} header saved to {arguments.file}")
+
+
+def _restore(arguments: Namespace, _: Settings, images: Images) -> None:
+    headers.restore(images, arguments.name, arguments.file)
+    print(f"backingimage/{arguments.name} header restored")
+
+
+def _show(arguments: Namespace, _: Settings, images: Images) -> None:
+    facts = headers.show(images, arguments.name)
+    if arguments.output != "table":
+        output.show(facts, (), arguments.output)
+        return
+    state = f"damaged: {', '.join(facts['damaged'])} copy; `ebi image header restore`" if facts["damaged"] else "whole"
+    output.table(
+        ("UUID", "CIPHER", "KEYSIZE", "SECTORSIZE", "HEADER"),
+        [(facts["uuid"], facts["cipher"], str(facts["keySize"]), str(facts["sectorSize"]), state)],
+    )
+    print()
+    output.table(_KEYSLOT_TITLES, [[str(value) for value in slot.values()] for slot in facts["keyslots"]])
+
+
+def _secret(file: str) -> tuple[tuple[str, str], Mapping[str, bytes]]:
+    """(namespace, name) and data of the one Secret in `file`."""
+    found = documents.load([file]).secrets
+    if len(found) != 1:
+        raise invalid(f"{file} holds {len(found)} Secret documents", "give a file with one")
+    name, metadata = documents.name_of(found[0]), found[0].get("metadata")
+    namespace = str((metadata or {}).get("namespace") or "default")
+    return (namespace, name), DocumentSecrets(found).get(name, namespace)
