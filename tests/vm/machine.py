@@ -61,7 +61,7 @@ def _prepare(command: list[str], root: Path, share: Path, results: Path) -> None
     """Lay down what guest.sh needs: the command with its environment, and an empty ext4 disk."""
     kept = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON) and name != "EBI_VM"}
     kept |= {"EBI_TEST_DIR": "/mnt/ebi", "EBI_RESULTS": str(results)}
-    kept |= {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
+    kept |= {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/run", "LANG": "C.UTF-8"}
     lines = [f"export {name}={shlex.quote(value)}" for name, value in kept.items()]
     lines += [f"cd {shlex.quote(str(root))}", f"exec {shlex.join(command)}"]
     (share / "command").write_text("\n".join(lines) + "\n")
