@@ -283,16 +283,14 @@ def plots(suite: Suite) -> None:
     for size in (suite.size // 32, suite.size // 8, suite.size // 2, suite.size):
         _throughput(suite, suite.dense(size), size, size / MIB, by_size)
     axis = "size of the dense image, MiB"
-    suite.results.plots.append(
-        Plot("size", "Encrypting a dense image", axis, "MiB/s, end to end", by_size, logarithmic=True)
-    )
+    suite.results.plots.append(Plot("size", "Encrypting a dense image", axis, "MiB/s, end to end", by_size, "x"))
     by_holes: dict[str, list[tuple[float, float]]] = {}
     size = suite.size // 2
     for share in (0, 25, 50, 75, 95):
         disk = content.with_holes(suite.store.work / "disk.raw", size, size * (100 - share) // 100)
         _throughput(suite, disk, size, share, by_holes)
     title = f"Encrypting an image of {_label(size)} with holes"
-    suite.results.plots.append(Plot("holes", title, "share of holes, %", "MiB/s of the whole disk", by_holes))
+    suite.results.plots.append(Plot("holes", title, "share of holes, %", "MiB/s of the whole disk", by_holes, "y"))
 
 
 def _throughput(suite: Suite, disk: Path, size: int, x: float, lines: dict[str, list[tuple[float, float]]]) -> None:

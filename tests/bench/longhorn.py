@@ -72,7 +72,7 @@ def measure(suite: Suite) -> None:
             )
         suite.store.delete("golden")
     title = f"Encrypting an image of {label} with holes"
-    suite.results.plots.append(Plot("longhorn", title, "share of holes, %", "MiB/s of the whole disk", lines))
+    suite.results.plots.append(Plot("longhorn", title, "share of holes, %", "MiB/s of the whole disk", lines, "y"))
 
 
 def _compared(suite: Suite, golden: Path, derivation: str, *, fsync: bool) -> dict[str, Values]:

@@ -68,14 +68,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Plot:
-    """Lines of points (x, y) under the names of who was measured."""
+    """Lines of points (x, y) under the names of who was measured; `logarithmic` names the axes that are so."""
 
     name: str
     title: str
     x: str
     y: str
     lines: dict[str, list[tuple[float, float]]]
-    logarithmic: bool = False
+    logarithmic: str = ""
 
 
 @dataclass
