@@ -1,14 +1,19 @@
 """`ebi image`: what can be done with one backing image beyond applying and deleting it."""
 
+import os
+import stat
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from plugin.cli import documents, output
+from plugin.cli.progress import Bar
 from plugin.errors import invalid
 from plugin.host.files import private_directory
-from plugin.images import DocumentSecrets, Images, headers
+from plugin.images import DocumentSecrets, Images, export, headers, http, manifest
+from plugin.images.formats import Format
 from plugin.settings import Settings
 from plugin.volumes import Volumes
 
@@ -25,6 +30,17 @@ def add(commands: Any) -> None:
     rekey.add_argument("-f", "--old", required=True, metavar="FILE", help="a file with the Secret that opens it now")
     rekey.add_argument("--new", required=True, metavar="FILE", help="a file with the Secret that shall open it")
     rekey.add_argument("--keep-old", action="store_true", help="let the old passphrase open it too, for its volumes")
+
+    upload = _action(actions, "upload", _upload, "make a backing image from a file or from standard input")
+    upload.add_argument("file", metavar="FILE", help="raw, qcow2 or LUKS2; - for standard input")
+    upload.add_argument("--checksum", default="", help="the SHA-512 that it must have, 128 hex digits")
+
+    export_ = _action(actions, "export", _export, "write a backing image to a file")
+    export_.add_argument("file", type=Path, metavar="FILE", help="made; nothing is overwritten")
+    export_.add_argument("--format", choices=("raw", "qcow2"), help="default: as it is; raw for a decrypted one")
+    export_.add_argument("--dense", action="store_true", help="no holes; an encrypted one needs -f for that")
+    export_.add_argument("--decrypt", action="store_true", help="the plain disk of an encrypted image; needs -f")
+    export_.add_argument("-f", "--secret", metavar="FILE", help="a file with the Secret that opens the image")
 
     header = actions.add_parser("header", help="show, back up or restore the LUKS2 header of an encrypted image")
     parts = header.add_subparsers(required=True, metavar="ACTION", title="actions")
@@ -55,6 +71,42 @@ def _rekey(arguments: Namespace, settings: Settings, images: Images) -> None:
     users = volumes.using(arguments.name)
     headers.rekey(images, arguments.name, old, new, secret, keep_old=arguments.keep_old, users=users)
     print(f"backingimage/{arguments.name} rekeyed")
+
+
+def _upload(arguments: Namespace, _: Settings, images: Images) -> None:
+    document = {
+        "apiVersion": manifest.API_VERSION,
+        "kind": manifest.KIND,
+        "metadata": {"name": arguments.name},
+        "spec": {"sourceType": "upload", "checksum": arguments.checksum},
+    }
+    try:
+        with sys.stdin.buffer if arguments.file == "-" else Path(arguments.file).open("rb") as file:
+            status = os.fstat(file.fileno())
+            size = status.st_size if stat.S_ISREG(status.st_mode) else None
+            found = http.Download(size, iter(lambda: file.read(http.PIECE), b""))
+            with Bar(arguments.name) as bar:
+                image = images.upload(document, found, bar)
+    except OSError as error:
+        raise invalid(f"{arguments.file}: {error.strerror}", "name a file that can be read") from error
+    print(f"backingimage/{arguments.name} ready{', encrypted' if image.encrypted else ''}")
+
+
+def _export(arguments: Namespace, settings: Settings, images: Images) -> None:
+    secret = _secret(arguments.secret)[1] if arguments.secret else None
+    with Bar(arguments.name) as bar:
+        made = export.export(
+            images,
+            settings,
+            arguments.name,
+            arguments.file,
+            form=Format(arguments.format) if arguments.format else None,
+            dense=arguments.dense,
+            decrypt=arguments.decrypt,
+            secret=secret,
+            progress=bar,
+        )
+    print(f"backingimage/{arguments.name} exported to {arguments.file} as {made.format}")
 
 
 def _backup(arguments: Namespace, _: Settings, images: Images) -> None:

@@ -69,11 +69,21 @@ class Disk:
             yield from data_extents(self._fd, self._base, self._base + self.size)
 
     def read(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer`; of a payload, whole sectors only."""
+        """Fill `buffer`; of a payload, whole sectors only, and one of zeros, which can only be a hole, gives zeros."""
         assert not self._sealed
         read_exactly(self._fd, buffer, self._base + offset)
         if self._cipher:
+            holes = list(self._holes(buffer, self._cipher.sector_size))
             self._cipher.decrypt(buffer, offset)
+            for hole in holes:
+                buffer[hole] = bytes(hole.stop - hole.start)
+
+    @staticmethod
+    def _holes(buffer: memoryview, size: int) -> Iterator[slice]:
+        zeros = bytes(size)
+        for at in range(0, len(buffer), size):
+            if buffer[at] == 0 and buffer[at : at + size] == zeros:
+                yield slice(at, at + size)
 
     def description(self) -> dict[str, Any]:
         """For another process."""

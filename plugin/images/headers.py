@@ -53,7 +53,7 @@ def rekey(
 
 def save_backup(images: Images, name: str, file: Path) -> None:
     """Write the header of the image `name` to `file`, mode 0600. Raises NOT_FOUND, PRECONDITION, INVALID."""
-    with images.held(name) as image:
+    with images.ready(name) as image:
         _check_encrypted(image)
         backup.save(image.path, file, image.described)
 
@@ -81,7 +81,7 @@ def show(images: Images, name: str) -> dict[str, Any]:
 
     Raises NOT_FOUND, PRECONDITION for an image that is not encrypted, INVALID when no copy is whole.
     """
-    with images.held(name) as image:
+    with images.ready(name) as image:
         _check_encrypted(image)
         found = header.read(image.path)
         return {
@@ -120,8 +120,6 @@ def _known(image: BackingImage) -> header.Header | None:
 
 
 def _check_encrypted(image: BackingImage) -> None:
-    if not image.ready:
-        raise precondition(f"{image.described} is {image.status.state}, not ready", image.status.message)
     if not image.encrypted:
         raise invalid(f"{image.described} is not encrypted", "it has no header and no passphrase")
 

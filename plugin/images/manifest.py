@@ -16,8 +16,9 @@ _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _CHECKSUM = re.compile(r"[0-9a-f]{128}")
 _SECRET = ("secret", "secret-namespace")
 _SOURCE_SECRET = ("source-secret", "source-secret-namespace")
-_PARAMETERS = {
+_PARAMETERS: dict[str, set[str]] = {
     "download": {"url"},
+    "upload": set(),
     "clone": {"backing-image", "encryption", *_SECRET, *_SOURCE_SECRET, "sparse"},
 }
 # Fields of Longhorn's that say where copies go. They are kept, and have no effect on one node.
@@ -137,14 +138,20 @@ def _check(manifest: Manifest) -> None:
         raise _bad_parameter(manifest, "sparse", 'it is "true" or "false"')
     if spec.source_type == "download":
         _check_url(manifest)
-    elif not _NAME.fullmatch(spec.source):
+    elif spec.source_type == "clone":
+        _check_clone(manifest)
+
+
+def _check_clone(manifest: Manifest) -> None:
+    spec = manifest.spec
+    if not _NAME.fullmatch(spec.source):
         raise _bad_parameter(manifest, "backing-image", "name the backing image to clone")
-    elif spec.encryption not in ("ignore", "encrypt", "decrypt", "reencrypt"):
+    if spec.encryption not in ("ignore", "encrypt", "decrypt", "reencrypt"):
         raise invalid(
             f"encryption {spec.encryption} is not supported for {manifest.described}",
             "use ignore, encrypt, decrypt or reencrypt",
         )
-    elif spec.encryption != "ignore":
+    if spec.encryption != "ignore":
         _check_secrets(manifest)
 
 

@@ -1,4 +1,4 @@
-"""What is done to make an image: download, clone, encrypt, decrypt, unpack. Each writes one new file, from one source.
+"""What is done to make an image: download, upload, clone, encrypt, decrypt, unpack. Each writes one new file.
 
 None needs root, a loop device or device-mapper, and none makes a temporary file beside its result.
 """
@@ -20,7 +20,7 @@ from plugin.images.disk import CipherSpec, Disk, Source
 from plugin.images.formats import Format
 from plugin.images.image import BackingImage
 from plugin.images.progress import Reporter
-from plugin.images.target import Target, TargetSpec, open_direct
+from plugin.images.target import Places, Target, TargetSpec, open_direct
 from plugin.luks import header
 from plugin.luks.parameters import SecretParameters
 from plugin.luks.sectors import HEAD, sector_size
@@ -60,23 +60,15 @@ def download(url: str, checksum: str) -> Operation:
     """The file at `url`, kept as it is; `checksum` is the SHA-512 that it must have, empty if that is not known."""
 
     def run(work: Work) -> Made:
-        with http.download(url, work.settings) as found, _created(work.path) as fd:
-            work.report.expect(found.size or 0)
-            _check_space(fd, found.size or 0, work.owner)
-            digest = _received(found.pieces, fd, work.report.advance, hashed=bool(checksum))
-            os.fsync(fd)
-        if digest != checksum:
-            raise invalid(
-                f"the checksum of {work.owner} is {digest}, and {checksum} was expected",
-                "is it another version of the file, or was it changed on the way?",
-            )
-        form = formats.detect(work.path)
-        with formats.opened(work.path, form) as source:
-            # Every number in a foreign file's tables is checked once, here, before anyone relies on it.
-            runs = list(extents.normalised(source.extents(), source.size)) if form is not Format.RAW else None
-            return Made(form, source.size, digest, runs if form is Format.LUKS else None)
+        with http.download(url, work.settings) as found:
+            return _kept(found, checksum, work)
 
     return run
+
+
+def upload(found: http.Download, checksum: str) -> Operation:
+    """The file that `found` hands out, kept as `download` keeps one."""
+    return lambda work: _kept(found, checksum, work)
 
 
 def clone(image: BackingImage) -> Operation:
@@ -85,11 +77,11 @@ def clone(image: BackingImage) -> Operation:
     def run(work: Work) -> Made:
         runs = image.extents() if image.encrypted else None
         made = Made(image.status.format, image.virtual_size, image.status.checksum, runs)
-        with _created(work.path) as fd, image.path.open("rb", buffering=0) as file:
+        with created(work.path) as fd, image.path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             work.report.expect(size)
             if not _shared(file.fileno(), fd):
-                _copy(Disk(file.fileno(), size), fd, work, list(data_extents(file.fileno())), size=size)
+                copy_disk(Disk(file.fileno(), size), fd, work, list(data_extents(file.fileno())), size=size)
             os.fsync(fd)
         return made
 
@@ -103,8 +95,8 @@ def encrypt(
 
     def run(work: Work) -> Made:
         key = header.volume_key(image.path, old.passphrase, image.described) if old else None
-        with formats.opened(image.path, image.status.format, key) as source, _created(work.path) as fd:
-            runs = image.extents() if old and sparse else _runs(source, sparse=sparse)
+        with formats.opened(image.path, image.status.format, key) as source, created(work.path) as fd:
+            runs = image.extents() if old and sparse else data_runs(source, sparse=sparse)
             cipher = CipherSpec(parameters.cipher, header.new_key(parameters), _sector_size(source))
             os.ftruncate(fd, header.PAYLOAD_OFFSET + source.size)
             # The key derivation needs a core, the payload mostly the disk, and neither needs the other.
@@ -114,7 +106,7 @@ def encrypt(
                 )
             ):
                 work.report.expect(extents.total(runs))
-                written = _copy(
+                written = copy_disk(
                     source, fd, work, runs,
                     size=source.size, base=header.PAYLOAD_OFFSET, cipher=cipher, sparse=sparse,
                 )  # fmt: skip
@@ -130,7 +122,7 @@ def decrypt(image: BackingImage, passphrase: bytes, *, sparse: bool) -> Operatio
     def run(work: Work) -> Made:
         key = header.volume_key(image.path, passphrase, image.described)
         with formats.opened(image.path, image.status.format, key) as source:
-            return _unpacked(source, image.extents() if sparse else _whole(source), work, sparse=sparse)
+            return unpacked(source, image.extents() if sparse else whole(source), work, sparse=sparse)
 
     return run
 
@@ -140,33 +132,53 @@ def unpack(image: BackingImage) -> Operation:
 
     def run(work: Work) -> Made:
         with formats.opened(image.path, image.status.format) as source:
-            return _unpacked(source, _runs(source, sparse=True), work, sparse=True)
+            return unpacked(source, data_runs(source, sparse=True), work, sparse=True)
 
     return run
 
 
-def _unpacked(source: Source, runs: list[Extent], work: Work, *, sparse: bool) -> Made:
-    with _created(work.path) as fd:
+def unpacked(source: Source, runs: list[Extent], work: Work, *, sparse: bool) -> Made:
+    """Write `runs` of `source` as a raw file."""
+    with created(work.path) as fd:
         os.ftruncate(fd, source.size)
         work.report.expect(extents.total(runs))
-        _copy(source, fd, work, runs, size=source.size, sparse=sparse)
+        copy_disk(source, fd, work, runs, size=source.size, sparse=sparse)
         os.fsync(fd)
     return Made(Format.RAW, source.size)
 
 
-def _copy(
+def copy_disk(
     source: Source, fd: int, work: Work, runs: list[Extent],
-    *, size: int, base: int = 0, cipher: CipherSpec | None = None, sparse: bool = True,
+    *, size: int, base: int = 0, cipher: CipherSpec | None = None, sparse: bool = True, places: Places = (),
 ) -> list[Extent]:  # fmt: skip
+    """`engine.copy` into the file `fd` at `work.path`, which grows to `base + size`; its space is checked before."""
     _check_space(fd, extents.total(runs) + base, work.owner)
     os.ftruncate(fd, base + size)
     direct = open_direct(work.path)
     try:
-        target = TargetSpec(fd, direct, base, cipher, sparse)
+        target = TargetSpec(fd, direct, base, cipher, sparse, places)
         return engine.copy(source, target, runs, workers=work.settings.workers, advance=work.report.advance)
     finally:
         if direct >= 0:
             os.close(direct)
+
+
+def _kept(found: http.Download, checksum: str, work: Work) -> Made:
+    with created(work.path) as fd:
+        work.report.expect(found.size or 0)
+        _check_space(fd, found.size or 0, work.owner)
+        digest = _received(found.pieces, fd, work.report.advance, hashed=bool(checksum))
+        os.fsync(fd)
+    if digest != checksum:
+        raise invalid(
+            f"the checksum of {work.owner} is {digest}, and {checksum} was expected",
+            "is it another version of the file, or was it changed on the way?",
+        )
+    form = formats.detect(work.path)
+    with formats.opened(work.path, form) as source:
+        # Every number in a foreign file's tables is checked once, here, before anyone relies on it.
+        runs = list(extents.normalised(source.extents(), source.size)) if form is not Format.RAW else None
+        return Made(form, source.size, digest, runs if form is Format.LUKS else None)
 
 
 def _received(pieces: Iterator[bytes], fd: int, advance: Callable[[int], None], *, hashed: bool) -> str:
@@ -186,11 +198,13 @@ def _received(pieces: Iterator[bytes], fd: int, advance: Callable[[int], None], 
     return digest.hexdigest() if hashed else ""
 
 
-def _runs(source: Source, *, sparse: bool) -> list[Extent]:
-    return list(extents.normalised(source.extents(), source.size)) if sparse else _whole(source)
+def data_runs(source: Source, *, sparse: bool) -> list[Extent]:
+    """What to copy of `source`: its data, or all of it."""
+    return list(extents.normalised(source.extents(), source.size)) if sparse else whole(source)
 
 
-def _whole(source: Source) -> list[Extent]:
+def whole(source: Source) -> list[Extent]:
+    """The one run that is all of `source`."""
     return [Extent(0, source.size)]
 
 
@@ -222,7 +236,7 @@ def _check_space(fd: int, needed: int, owner: str) -> None:
 
 
 @contextmanager
-def _created(path: Path) -> Iterator[int]:
+def created(path: Path) -> Iterator[int]:
     """A new, empty file at `path`, open for reading and writing."""
     path.unlink(missing_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

@@ -58,7 +58,7 @@ def unchanged(wanted: Manifest, image: BackingImage) -> Spec:
         other.append("sourceType")
     if parameters != dict(old.parameters):
         other.append("sourceParameters")
-    if new.source_type == "download" and new.checksum and new.checksum != old.checksum:
+    if new.source_type in ("download", "upload") and new.checksum and new.checksum != old.checksum:
         other.append("checksum")
     if other:
         raise exists(

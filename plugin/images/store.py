@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from plugin import events
-from plugin.errors import EbiError, Kind, not_found, precondition
+from plugin.errors import EbiError, Kind, exists, not_found, precondition
 from plugin.host.files import sync_directory
 from plugin.host.lock import is_locked, locked
 from plugin.images import extents, operations, rules
 from plugin.images.catalog import Catalog, LocalCatalog
 from plugin.images.formats import Format
+from plugin.images.http import Download
 from plugin.images.image import WORKING, BackingImage, State
 from plugin.images.manifest import Manifest, check_name, parse
 from plugin.images.operations import Made, Operation, Work
@@ -55,7 +56,28 @@ class Images:
         The same again changes nothing; what failed or was interrupted is done again. Raises the rejections of
         `manifest` and `rules` before anything is written, and what the operation meets; the record then says `failed`.
         """
+        return self._make(parse(manifest), lambda wanted, held: self._job(wanted, secrets, held), progress)
+
+    def upload(
+        self, manifest: Mapping[str, Any], found: Download, progress: Callable[[Progress], None] | None = None
+    ) -> BackingImage:
+        """Make the image that `manifest`, of source type upload, describes from the bytes of `found`.
+
+        Nothing is read where the image is ready and known to be the same by its checksum. Raises as `apply` does, and
+        EXISTS for an image that is ready and not known to be the same.
+        """
         wanted = parse(manifest)
+        current = self._catalog.get(wanted.name)
+        if current is not None and current.ready and not wanted.spec.checksum:
+            raise exists(f"{current.described} exists already", "delete it first, or use another name")
+        return self._make(wanted, lambda *_: _Job("upload", operations.upload(found, wanted.spec.checksum)), progress)
+
+    def _make(
+        self,
+        wanted: Manifest,
+        job: Callable[[Manifest, ExitStack], _Job],
+        progress: Callable[[Progress], None] | None,
+    ) -> BackingImage:
         current = self._catalog.get(wanted.name)
         if current is not None and current.ready and rules.unchanged(wanted, current) == current.spec:
             return current
@@ -66,9 +88,9 @@ class Images:
                 self._catalog.save(current)
                 return current
             wanted = rules.resolved(wanted, self._catalog.get)
-            job = self._job(wanted, secrets, held)
+            todo = job(wanted, held)
             image = BackingImage.new(wanted, directory, current.created if current else "")
-            return self._run(job, Reporter(image, self._catalog, progress))
+            return self._run(todo, Reporter(image, self._catalog, progress))
 
     def get(self, name: str) -> BackingImage:
         """The image `name`. Raises NOT_FOUND."""
@@ -116,13 +138,19 @@ class Images:
             _check_ready(image)
             yield image, self._catalog.save
 
+    @contextmanager
+    def ready(self, name: str) -> Iterator[BackingImage]:
+        """As `held`, of an image that is ready. Raises PRECONDITION for another one."""
+        with self.held(name) as image:
+            _check_ready(image)
+            yield image
+
     def raw(self, name: str) -> Path:
         """The file to make a device of: the image's own, or, for qcow2, its disk unpacked beside it, once.
 
         Raises NOT_FOUND, PRECONDITION for an image that is not ready, BUSY while another call unpacks it.
         """
-        with self.held(name) as image:
-            _check_ready(image)
+        with self.ready(name) as image:
             if image.disk.exists():
                 return image.disk
             with locked(image.disk.parent, f"the unpacked disk of {image.described}"):
@@ -155,6 +183,10 @@ class Images:
         spec = wanted.spec
         if spec.source_type == "download":
             return _Job("download", operations.download(spec.parameters["url"], spec.checksum))
+        if spec.source_type == "upload":
+            raise precondition(
+                f"{wanted.described} has no content yet", f"upload it: ebi image upload {wanted.name} FILE"
+            )
         keys = rules.keys(wanted, secrets)
         source = held.enter_context(self.held(spec.source))
         if keys.new:

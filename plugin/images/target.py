@@ -2,10 +2,11 @@
 
 import errno
 import os
-from collections.abc import Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from plugin.errors import exhausted
 from plugin.host.files import Extent
@@ -13,30 +14,50 @@ from plugin.images.disk import CipherSpec
 from plugin.images.extents import BLOCK, SHORTEST_HOLE
 
 PIECE = 4 << 20  # bytes that a worker reads, ciphers and writes at once
+Places: TypeAlias = Sequence[tuple[int, int]]
 _ZEROS = bytes(SHORTEST_HOLE)
 
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """The file open as `fd`, and as `direct` past the page cache (-1: not so); the disk starts at `base` in it."""
+    """The file open as `fd`, and as `direct` past the page cache (-1: not so); the disk starts at `base` in it.
+
+    Where there are `places`, the disk does not lie in one piece: each says from which byte of the disk on the file
+    holds it at which byte, in order.
+    """
 
     fd: int
     direct: int
     base: int
     cipher: CipherSpec | None
     sparse: bool
+    places: Places = ()
 
     def description(self) -> dict[str, Any]:
         """For another process; may hold a key."""
         cipher = self.cipher.description() if self.cipher else None
-        return {"fd": self.fd, "direct": self.direct, "base": self.base, "cipher": cipher, "sparse": self.sparse}
+        return {
+            "fd": self.fd,
+            "direct": self.direct,
+            "base": self.base,
+            "cipher": cipher,
+            "sparse": self.sparse,
+            "places": self.places,
+        }
 
     @classmethod
     def restored(cls, value: Mapping[str, Any]) -> "TargetSpec":
         """The inverse of `description`."""
-        return cls(
-            value["fd"], value["direct"], value["base"], CipherSpec.restored(value["cipher"]), value["sparse"]
-        )  # fmt: skip
+        places = [(start, at) for start, at in value["places"]]
+        cipher = CipherSpec.restored(value["cipher"])
+        return cls(value["fd"], value["direct"], value["base"], cipher, value["sparse"], places)
+
+    def at(self, offset: int) -> int:
+        """Where in the file byte `offset` of the disk lies."""
+        if not self.places:
+            return self.base + offset
+        start, at = self.places[bisect_right(self.places, offset, key=lambda place: place[0]) - 1]
+        return at + offset - start
 
 
 class Target:
@@ -55,7 +76,7 @@ class Target:
             part = buffer[run.start - offset : run.end - offset]
             if self._cipher:
                 self._cipher.encrypt(part, run.start)
-            self._put(part, self._spec.base + run.start)
+            self._put(part, self._spec.at(run.start))
         return runs
 
     def _put(self, part: memoryview, at: int) -> None:
