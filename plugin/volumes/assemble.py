@@ -43,7 +43,7 @@ def volume(record: Volume, image: BackingImage | None, keys: Keys, *, block: boo
             _open(device, own, parameters, record.described)
             return
         key = os.urandom(parameters.key_size // 8)
-        source = header.read(image.path) if image is not None else None
+        source = header.read(image.disk) if image is not None else None
         sector_size = source.sector_size if source else 512 if block else 4096
         # The image's cost of a key derivation is taken over, so that none need be measured.
         cost = source.pbkdf if source else None

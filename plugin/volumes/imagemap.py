@@ -43,19 +43,19 @@ def opened(image: BackingImage, passphrase: bytes, *, check: bool) -> Iterator[N
         with events.step("unlock_image"):
             mapping.open_with_passphrase(device, name, passphrase, owner, readonly=True)
 
-    backing = FileBacking(image.path, readonly=True)
+    backing = FileBacking(image.disk, readonly=True)
     layer: Layer = (
         Crypt(name, backing, unlock)
         if image.encrypted
         else Linear(name, backing, size=image.virtual_size, readonly=True)
     )
     try:
-        with _alone(image.path):
-            digest = _digest(image.path, passphrase) if image.encrypted else b""
+        with _alone(image.disk):
+            digest = _digest(image.disk, passphrase) if image.encrypted else b""
             made = ensure(layer)
             if not made and check and image.encrypted and _opened_by.get(name) != digest:
                 with events.step("unlock_image"):
-                    header.test_passphrase(image.path, passphrase, owner)
+                    header.test_passphrase(image.disk, passphrase, owner)
             if made or check:
                 _opened_by[name] = digest
             yield

@@ -6,10 +6,16 @@ import re
 from plugin.host.udev import PREFIX
 
 _ID = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")
+READONLY = f"{PREFIX}ro-"
 TOP = f"{PREFIX}vol-"
 STORE = f"{PREFIX}cow-"
 BASE = f"{PREFIX}base-"
 IMAGE = f"{PREFIX}img-"
+
+
+def readonly(volume: str) -> str:
+    """The raw device, for publishing it read-only: a read-only bind mount of a device node holds no writer back."""
+    return READONLY + volume
 
 
 def top(volume: str) -> str:
@@ -25,6 +31,11 @@ def store(volume: str) -> str:
 def base(volume: str) -> str:
     """The image as this volume sees it: holes and the rest up to the volume's size as zeros."""
     return BASE + volume
+
+
+def mappers(volume: str) -> list[str]:
+    """Every mapper that the volume may have of its own, uppermost first."""
+    return [readonly(volume), top(volume), store(volume), base(volume)]
 
 
 def image(uuid: str) -> str:

@@ -18,6 +18,7 @@ from plugin.settings import Settings
 from plugin.volumes import assemble, filesystem, names, paths, usage
 from plugin.volumes.assemble import Keys
 from plugin.volumes.capability import Capability
+from plugin.volumes.layers import DeviceBacking, Linear, ensure
 from plugin.volumes.parameters import parse
 from plugin.volumes.record import Records, Volume
 from plugin.volumes.stack import Stack, take_down
@@ -101,8 +102,10 @@ class Node:
         secrets: Mapping[str, str],
     ) -> None:
         image = self._image(record)
+        if image is not None:
+            self.images.raw(image.name)  # a compressed one has to be unpacked before it can be a device
         if not record.formatted:
-            take_down(_mappers(record.id))  # half made by one that was cut short, under who knows which key
+            take_down(names.mappers(record.id))  # half made by one that was cut short, under who knows which key
         stack = assemble.volume(record, image, Keys(secrets, record.described), block=capability.block)
         with stack.built():
             device = dm.path(stack.top)
@@ -166,7 +169,7 @@ class Node:
             if found is not None and usage.is_filesystem(found, volume):
                 with events.step("unmount"):
                     mounts.unmount(staging)
-            take_down(_mappers(volume))
+            take_down(names.mappers(volume))
 
     def publish(self, volume: str, staging: Path, target: Path, capability: Capability, readonly: bool) -> None:
         """Show the staged volume at `target`: a directory, or a file for raw use; `readonly` for looking only."""
@@ -174,13 +177,13 @@ class Node:
         readonly = readonly or capability.access.reads_only
         with self.operation(volume):
             self._must_exist(volume)
-            source = self._source(volume, staging, capability)
+            source = self._source(volume, staging, capability, readonly=readonly)
             found = mounts.at(target)
             if found is not None:
                 ours = usage.is_device(found, volume) if capability.block else usage.is_filesystem(found, volume)
                 if not ours:
                     raise exists(f"{target} has {found.source} mounted, not volume {volume}", "unpublish that first")
-                if readonly != ("ro" in found.options):
+                if readonly != usage.is_readonly(found, volume):
                     raise exists(
                         f"volume {volume} is published at {target} {'for writing' if readonly else 'read-only'}",
                         "unpublish it first",
@@ -202,13 +205,16 @@ class Node:
                     paths.remove_target(target)
                 raise
 
-    def _source(self, volume: str, staging: Path, capability: Capability) -> Path:
+    def _source(self, volume: str, staging: Path, capability: Capability, *, readonly: bool) -> Path:
         device = dm.find(names.top(volume))
         if device is None:
             raise precondition(f"volume {volume} is not staged", "stage it first")
         if capability.block:
             if usage.filesystems(volume):
                 raise exists(f"volume {volume} is staged as a filesystem", "unstage it before using it raw")
+            if readonly:
+                ensure(_readonly(volume))
+                return dm.path(names.readonly(volume)).resolve()
             return device.path.resolve()
         staging = paths.checked(staging, "staging path", self.settings.target_root)
         found = mounts.at(staging)
@@ -222,10 +228,13 @@ class Node:
         with self.operation(volume):
             found = mounts.at(target)
             if found is not None:
-                if not usage.is_filesystem(found, volume) and not usage.is_device(found, volume):
+                ours = usage.is_filesystem(found, volume) or usage.is_device(found, volume)
+                if not ours and not usage.is_stale_device(found):
                     raise exists(f"{target} has {found.source} mounted, not volume {volume}", "it is left alone")
                 with events.step("unmount"):
                     mounts.unmount(target)
+            if not usage.readonly_devices(volume):
+                dm.remove(names.readonly(volume))
             paths.remove_target(target)
 
     def expand(self, volume: str, path: Path, capacity: int) -> int:
@@ -251,6 +260,8 @@ class Node:
             writable = next((mount for mount in usage.filesystems(volume) if not mount.readonly), None)
             with events.step("grow"):
                 stack.grow(wanted)
+                if dm.find(names.readonly(volume)):
+                    _readonly(volume).grow()
                 if writable is not None:
                     filesystem.grow(mapper.path, writable.fs_type, writable.target)
             return wanted or blockdev.size(mapper.path)
@@ -293,5 +304,5 @@ class Node:
         return image
 
 
-def _mappers(volume: str) -> list[str]:
-    return [names.top(volume), names.store(volume), names.base(volume)]
+def _readonly(volume: str) -> Linear:
+    return Linear(names.readonly(volume), DeviceBacking(dm.path(names.top(volume))), readonly=True)

@@ -23,7 +23,7 @@ def recover(records: Records) -> None:
         if mapper.suspended:
             log.warning("resuming the device %s", mapper.name)
             _try(dm.resume, mapper.name)
-    for prefix in (names.BASE, names.STORE):
+    for prefix in (names.BASE, names.STORE):  # the top of a volume for raw use may be staged
         for mapper in list(dm.every(prefix)):
             if not mapper.holders:
                 log.warning("removing the device %s: nothing stands on it", mapper.name)

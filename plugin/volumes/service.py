@@ -89,7 +89,7 @@ class Volumes:
         directory = self._records.directory(volume)
         with locked(directory, f"volume {volume}"):
             record = self._records.find(volume)
-            if any(dm.find(name) for name in (names.top(volume), names.store(volume), names.base(volume))):
+            if any(dm.find(name) for name in names.mappers(volume)):
                 raise precondition(f"volume {volume} is staged on this node", "unstage it first")
             if record is not None and record.encrypted:
                 _destroy_keys(record.path)
