@@ -55,7 +55,7 @@ def test_no_passphrase_is_found_anywhere_after_a_full_run(home: Path, capfd: pyt
             "--follow-forks",
             "--output",
             str(trace),
-            "--append",
+            "--output-append-mode",
             "--trace=execve",
             "-v",
             "-s",
