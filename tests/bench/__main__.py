@@ -61,6 +61,8 @@ def _measured(arguments: argparse.Namespace) -> Results:
             f"{len(clock.noise)} runs count; other processes took {100 * statistics.median(clock.noise):.0f} % of the"
             f" processor in the median one, {100 * max(clock.noise):.0f} % in the worst."
         )
+    if os.getpriority(os.PRIO_PROCESS, 0) < 0:
+        results.remark("All sides ran at a higher scheduling priority than the rest of the machine.")
     return results
 
 

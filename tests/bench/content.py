@@ -16,6 +16,15 @@ def dense(path: Path, size: int, *, compressible: bool = False) -> Path:
     return with_runs(path, size, [(0, size)], compressible=compressible)
 
 
+def partitioned(path: Path, size: int) -> Path:
+    """As `dense`, but marked as holding a partition table, so that its encrypted sectors are 512 bytes long."""
+    with dense(path, size).open("r+b") as file:
+        file.seek(510)
+        file.write(b"\x55\xaa")
+        os.fsync(file.fileno())
+    return path
+
+
 def with_holes(path: Path, size: int, data: int, *, compressible: bool = False) -> Path:
     """A file of `size` bytes, `data` of them in pieces of 4 MiB spread evenly, holes between them."""
     count = -(-data // _PIECE)

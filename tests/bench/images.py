@@ -82,6 +82,11 @@ def crypt(suite: Suite) -> None:
     """Encrypting and decrypting a dense image, against cp and qemu-img."""
     with suite.images(golden=suite.dense(suite.size)) as files:
         _crypt(suite, files["golden"])
+    with suite.images(golden=content.partitioned(suite.store.work / "disk.raw", suite.size)) as files:
+        cp = suite.peer("cp", peers.copy, files["golden"])
+        found = suite.clock.compare([suite.ours("golden", "encrypt", "default"), cp])
+        what = f"encrypt {suite.label} dense with a partition table (512-byte sectors), default derivation"
+        suite.row(what, found, "cp", 1.25, _SLACK)
 
 
 def _crypt(suite: Suite, golden: Path) -> None:
