@@ -53,6 +53,7 @@ def test_no_passphrase_is_found_anywhere_after_a_full_run(home: Path, capfd: pyt
             "strace",
             "--daemonize",
             "--follow-forks",
+            "--seccomp-bpf",  # stop at execve only; every system call would take for ever
             "--output",
             str(trace),
             "--output-append-mode",
