@@ -23,6 +23,9 @@ from tests.bench.result import MIB, Results
 from tests.bench.timing import Clock
 
 ROOT = Path(__file__).parents[2]
+RESULTS = Path(os.environ.get("EBI_RESULTS", ROOT / ".cache/results"))
+# Parts of a suite are for looking at; the report is made of whole ones.
+_PART = "bench-part.json"
 
 
 @contextmanager
@@ -40,6 +43,7 @@ def _images(arguments: argparse.Namespace, work: Path, results: Results, clock: 
     suite = images.Suite(Store(work), results, arguments.size * MIB, clock)
     for name in arguments.only or images.SECTIONS:
         images.SECTIONS[name](suite)
+        _save(results, _PART)
 
 
 def _longhorn(arguments: argparse.Namespace, work: Path, results: Results, clock: Clock) -> None:
@@ -66,6 +70,11 @@ def _measured(arguments: argparse.Namespace) -> Results:
     return results
 
 
+def _save(results: Results, name: str) -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / name).write_text(json.dumps(results.to_dict(), indent=1))
+
+
 def main() -> int:
     """Measure or report."""
     parser = argparse.ArgumentParser(
@@ -87,16 +96,12 @@ def main() -> int:
         command.set_defaults(suite=name, run=run, how=how)
     commands.add_parser("report").set_defaults(run=None)
     arguments = parser.parse_args()
-    found = Path(os.environ.get("EBI_RESULTS", ROOT / ".cache/results"))
     if arguments.run is None:
-        report.write(found, ROOT / "docs")
+        report.write(RESULTS, ROOT / "docs")
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     results = _measured(arguments)
-    found.mkdir(parents=True, exist_ok=True)
-    # Parts of a suite are for looking at; a report is made of whole ones.
-    name = "bench-part.json" if getattr(arguments, "only", None) else f"bench-{results.suite}.json"
-    (found / name).write_text(json.dumps(results.to_dict(), indent=1))
+    _save(results, _PART if getattr(arguments, "only", None) else f"bench-{results.suite}.json")
     missed = sum(row.met is False for row in results.rows)
     print(f"{results.suite}: {sum(row.met is True for row in results.rows)} targets met, {missed} missed")
     return 1 if missed else 0

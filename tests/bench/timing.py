@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.bench.result import Values
 
 _NOISY = 1.25  # the largest over the smallest; beyond that, more rounds are run
-_MOST = 2  # times as many rounds as asked for
+_MORE = 2  # rounds at most beyond those asked for
 _AGAIN = 4  # times that a disturbed run is done again
 _DISTURBED = 0.15  # of all cores, taken by others; the kernel's own threads, which write for us, stay below
 _QUIET = 0.1
@@ -41,7 +41,7 @@ class Clock:
     noise: list[float] = field(default_factory=list)
 
     def compare(self, contenders: Sequence[Contender], *, cold: Iterable[Path] = ()) -> dict[str, Values]:
-        """Seconds of each contender, by name: as many as `rounds`, up to twice that where they differ much.
+        """Seconds of each contender, by name: as many as `rounds`, two more where they differ much.
 
         The page cache is warm: a first run, not counted, fills it. The files `cold` are thrown out of it before each
         run.
@@ -51,7 +51,7 @@ class Clock:
         if not cold:
             contenders[0].run()
             contenders[0].clean()
-        for number in range(_MOST * self.rounds):
+        for number in range(self.rounds + _MORE):
             if number >= self.rounds and all(Values(tuple(found)).spread <= _NOISY for found in seconds.values()):
                 break
             for contender in contenders:
