@@ -12,7 +12,7 @@ from plugin.cli import documents, output
 from plugin.cli.progress import Bar
 from plugin.errors import invalid
 from plugin.host.files import private_directory
-from plugin.images import DocumentSecrets, Images, export, headers, http, manifest
+from plugin.images import DocumentSecrets, Images, export, headers, http, integrity, manifest
 from plugin.images.formats import Format
 from plugin.settings import Settings
 from plugin.volumes import Volumes
@@ -41,6 +41,8 @@ def add(commands: Any) -> None:
     export_.add_argument("--dense", action="store_true", help="no holes; an encrypted one needs -f for that")
     export_.add_argument("--decrypt", action="store_true", help="the plain disk of an encrypted image; needs -f")
     export_.add_argument("-f", "--secret", metavar="FILE", help="a file with the Secret that opens the image")
+
+    _action(actions, "verify", _verify, "read an image again and compare it with the checksums kept at writing")
 
     header = actions.add_parser("header", help="show, back up or restore the LUKS2 header of an encrypted image")
     parts = header.add_subparsers(required=True, metavar="ACTION", title="actions")
@@ -107,6 +109,12 @@ def _export(arguments: Namespace, settings: Settings, images: Images) -> None:
             progress=bar,
         )
     print(f"backingimage/{arguments.name} exported to {arguments.file} as {made.format}")
+
+
+def _verify(arguments: Namespace, settings: Settings, images: Images) -> None:
+    with Bar(arguments.name) as bar:
+        integrity.verify(images, settings, arguments.name, bar)
+    print(f"backingimage/{arguments.name} is as it was written")
 
 
 def _backup(arguments: Namespace, _: Settings, images: Images) -> None:

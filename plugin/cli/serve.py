@@ -1,11 +1,12 @@
 """`ebi serve`: the CSI server of this node."""
 
+import threading
 from argparse import Namespace
 from typing import Any
 
 from plugin.host import budget
 from plugin.host.files import private_directory
-from plugin.images import Images
+from plugin.images import Images, integrity
 from plugin.settings import Settings
 from plugin.volumes import Volumes
 
@@ -40,5 +41,12 @@ def run(arguments: Namespace, settings: Settings) -> int:
         budget.shared().limit = settings.unlock_memory << 20
     images = Images(private_directory(settings.data_dir) / "images", settings)
     volumes = Volumes(settings.data_dir / "volumes", images, settings)
-    server.serve(volumes, images, settings)
+    stop = threading.Event()
+    filler = threading.Thread(target=integrity.fill_checksums, args=(images, stop), name="checksums", daemon=True)
+    filler.start()
+    try:
+        server.serve(volumes, images, settings)
+    finally:
+        stop.set()
+        filler.join()
     return 0

@@ -19,6 +19,7 @@ from plugin.host.files import Extent
 from plugin.host.run import environment
 from plugin.images import extents
 from plugin.images.disk import Source
+from plugin.images.sums import Sum
 from plugin.images.target import PIECE, TargetSpec
 
 log = logging.getLogger(__name__)
@@ -30,15 +31,16 @@ _ROOT = Path(__file__).parents[2]
 
 def copy(
     source: Source,
-    target: TargetSpec,
+    target: TargetSpec | None,
     runs: list[Extent],
     *,
     workers: int = 0,
     advance: Callable[[int], None] = lambda _: None,
-) -> list[Extent]:
-    """Copy `runs` of `source` into `target`; returns the runs that were not all zeros, which alone were written.
+) -> list[Sum]:
+    """Copy `runs` of `source` into `target`; returns what was not all zeros, which alone was written, in order.
 
-    A dense target gets all of `runs`. `advance` is called with bytes as they are done; what it raises ends the copy.
+    A dense target gets all of `runs`; with no target they are read only, and the checksums are of what the source
+    has there. `advance` is called with bytes as they are done; what it raises ends the copy.
     `workers`: 0 for one a core and one more. Nothing is synced. Raises what a worker met, and INTERNAL when one died.
     """
     pieces = _pieces(runs)
@@ -46,8 +48,12 @@ def copy(
     wanted = workers or min(len(os.sched_getaffinity(0)) + 1, _MOST_WORKERS)
     count = max(1, min(wanted, -(-extents.total(runs) // PIECE)))
     origin = source.description()
-    job = {"source": origin, "target": target.description(), "parent": os.getpid()}
-    fds = {origin["fd"], target.fd, target.direct} - {-1}
+    job: dict[str, object] = {
+        "source": origin,
+        "target": target.description() if target else None,
+        "parent": os.getpid(),
+    }
+    fds = ({origin["fd"], target.fd, target.direct} if target else {origin["fd"]}) - {-1}
     team: list[_Worker] = []
     try:
         for _ in range(count if runs else 0):
@@ -79,10 +85,8 @@ def _pieces(runs: Iterable[Extent]) -> Iterator[list[tuple[int, int]]]:
         yield piece
 
 
-def _drive(
-    team: "list[_Worker]", pieces: Iterator[list[tuple[int, int]]], advance: Callable[[int], None]
-) -> list[Extent]:
-    written: list[Extent] = []
+def _drive(team: "list[_Worker]", pieces: Iterator[list[tuple[int, int]]], advance: Callable[[int], None]) -> list[Sum]:
+    written: list[Sum] = []
     with selectors.DefaultSelector() as selector:
         for worker in team:
             selector.register(worker.answers, selectors.EVENT_READ, worker)
@@ -92,26 +96,13 @@ def _drive(
         while selector.get_map():
             for key, _ in selector.select():
                 worker = key.data
-                for done, runs in worker.take():
-                    written += runs
+                for done, sums in worker.take():
+                    written += sums
                     worker.give(next(pieces, None))
                     advance(done)
                 if not worker.pending:
                     selector.unregister(worker.answers)
-    return list(_merged(written))
-
-
-def _merged(runs: list[Extent]) -> Iterator[Extent]:
-    current: Extent | None = None
-    for run in sorted(runs, key=lambda run: run.start):
-        if current and current.end == run.start:
-            current = Extent(current.start, current.length + run.length)
-        else:
-            if current:
-                yield current
-            current = run
-    if current:
-        yield current
+    return sorted(written, key=lambda item: item.start)
 
 
 class _Worker:
@@ -137,8 +128,8 @@ class _Worker:
             self._send(piece)
             self.pending += 1
 
-    def take(self) -> Iterator[tuple[int, list[Extent]]]:
-        """What it has done since: bytes, and the runs written. Raises what it met."""
+    def take(self) -> Iterator[tuple[int, list[Sum]]]:
+        """What it has done since: bytes, and what was written. Raises what it met."""
         data = os.read(self.answers.fileno(), 1 << 20)
         if not data:
             raise self._died()
@@ -148,7 +139,7 @@ class _Worker:
             if "message" in answer:
                 raise EbiError(answer["message"], kind=Kind[answer["kind"]], hint=answer["hint"])
             self.pending -= 1
-            yield answer["done"], [Extent(start, length) for start, length in answer["written"]]
+            yield answer["done"], [Sum(*item) for item in answer["written"]]
 
     def end(self) -> None:
         """Let it go, all its work done."""

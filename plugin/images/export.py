@@ -113,10 +113,10 @@ def _filled(image: BackingImage, passphrase: bytes) -> Operation:
             with image.path.open("rb") as file:
                 os.pwrite(fd, file.read(found.payload_offset), 0)
             work.report.expect(extents.total(runs))
-            written = operations.copy_disk(
+            operations.copy_disk(
                 source, fd, work, runs, size=source.size, base=found.payload_offset, cipher=cipher, sparse=False
             )
             os.fsync(fd)
-            return Made(Format.LUKS, source.size, runs=written)
+            return Made(Format.LUKS, source.size)
 
     return run

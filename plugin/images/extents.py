@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from plugin.host.files import Extent, data_extents, read_json, write_json
+from plugin.images import sums
+from plugin.images.sums import Sum
 
 # A shorter hole is filled: it would cost a segment of a device table and save next to nothing.
 SHORTEST_HOLE = 64 << 10
@@ -34,14 +36,60 @@ def normalised(runs: Iterable[Extent], size: int) -> Iterator[Extent]:
         yield Extent(start, end - start)
 
 
+def merged(runs: Iterable[Extent]) -> Iterator[Extent]:
+    """`runs`, in order, those that touch made one."""
+    current: Extent | None = None
+    for run in runs:
+        if current and current.end == run.start:
+            current = Extent(current.start, current.length + run.length)
+        else:
+            if current:
+                yield current
+            current = run
+    if current:
+        yield current
+
+
+def without(runs: Iterable[Extent], others: Iterable[Extent]) -> Iterator[Extent]:
+    """What of `runs` is in none of `others`; both in order."""
+    rest = iter(others)
+    other = next(rest, None)
+    for run in runs:
+        at = run.start
+        while other and other.start < run.end:
+            if other.start > at:
+                yield Extent(at, other.start - at)
+            at = max(at, other.end)
+            if other.end > run.end:
+                break
+            other = next(rest, None)
+        if at < run.end:
+            yield Extent(at, run.end - at)
+
+
 def total(runs: Iterable[Extent]) -> int:
     """Bytes in all `runs`."""
     return sum(run.length for run in runs)
 
 
-def save(path: Path, runs: Iterable[Extent], size: int) -> None:
-    """Keep the map of a disk of `size` bytes in the file `path`."""
-    write_json(path, {"size": size, "data": " ".join(f"{run.start}+{run.length}" for run in runs)})
+def save(path: Path, runs: Iterable[Extent] | None, size: int, kept: Iterable[Sum] = ()) -> None:
+    """Keep the map of a disk of `size` bytes in the file `path`, and the checksums of the file's bytes.
+
+    `runs` is None for an image that tells them itself.
+    """
+    value = {"size": size, "crc32": sums.to_text(kept)}
+    if runs is not None:
+        value["data"] = " ".join(f"{run.start}+{run.length}" for run in runs)
+    write_json(path, value)
+
+
+def load_sums(path: Path) -> list[Sum]:
+    """The checksums that `save` wrote; empty where there are none, or none that can be read."""
+    try:
+        value = read_json(path)
+        return sums.from_text(value["crc32"]) if value else []
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return []
 
 
 def load(path: Path, size: int) -> list[Extent] | None:

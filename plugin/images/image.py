@@ -97,7 +97,7 @@ class BackingImage:
 
     @property
     def map_path(self) -> Path:
-        """The extent map of an encrypted image."""
+        """The checksums of its file and, of an encrypted image, the extent map."""
         return self.directory / "extents.json"
 
     @property

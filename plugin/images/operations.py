@@ -10,16 +10,17 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from plugin.errors import exhausted, invalid
+from plugin.errors import exhausted, invalid, precondition
 from plugin.host.files import Extent, data_extents
-from plugin.images import engine, extents, formats, http
+from plugin.images import engine, extents, formats, http, sums
 from plugin.images.disk import CipherSpec, Disk, Source
 from plugin.images.formats import Format
 from plugin.images.image import BackingImage
 from plugin.images.progress import Reporter
+from plugin.images.sums import Sum
 from plugin.images.target import Places, Target, TargetSpec, open_direct
 from plugin.luks import header
 from plugin.luks.parameters import SecretParameters
@@ -34,13 +35,15 @@ _SPARE = 16 << 20  # bytes of disk left for records, maps and the filesystem's o
 class Made:
     """What came of an operation: the file's format, the plain disk's size in bytes, and what is known besides.
 
-    `checksum` is the SHA-512 of the file, empty if it was not asked for; `runs` is the extent map of an encrypted disk.
+    `checksum` is the SHA-512 of the file, empty if it was not asked for; `runs` is the extent map of an encrypted disk;
+    `sums` are of the bytes of the file, without the header of an encrypted one, which may change.
     """
 
     format: Format
     virtual_size: int
     checksum: str = ""
     runs: list[Extent] | None = None
+    sums: list[Sum] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -72,18 +75,22 @@ def upload(found: http.Download, checksum: str) -> Operation:
 
 
 def clone(image: BackingImage) -> Operation:
-    """The file of `image` once more, byte for byte: shared where the filesystem can, copied otherwise."""
+    """The file of `image` once more, byte for byte: shared where the filesystem can, copied and checked otherwise."""
 
     def run(work: Work) -> Made:
-        runs = image.extents() if image.encrypted else None
-        made = Made(image.status.format, image.virtual_size, image.status.checksum, runs)
+        runs, kept = image.extents() if image.encrypted else None, extents.load_sums(image.map_path)
         with created(work.path) as fd, image.path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             work.report.expect(size)
             if not _shared(file.fileno(), fd):
-                copy_disk(Disk(file.fileno(), size), fd, work, list(data_extents(file.fileno())), size=size)
+                # The very pieces that there are checksums of, so that the copy tells whether they are still right.
+                pieces = [item.extent for item in kept]
+                rest = list(extents.without(data_extents(file.fileno()), pieces))
+                todo = sorted(pieces + rest, key=lambda run: run.start)
+                found = copy_disk(Disk(file.fileno(), size), fd, work, todo, size=size, sparse=False)
+                check_sums(image, kept, found)
             os.fsync(fd)
-        return made
+        return Made(image.status.format, image.virtual_size, image.status.checksum, runs, kept)
 
     return run
 
@@ -111,7 +118,7 @@ def encrypt(
                     size=source.size, base=header.PAYLOAD_OFFSET, cipher=cipher, sparse=sparse,
                 )  # fmt: skip
             os.fsync(fd)
-            return Made(Format.LUKS, source.size, runs=written)
+            return _encrypted(source, written, header.PAYLOAD_OFFSET)
 
     return run
 
@@ -142,15 +149,30 @@ def unpacked(source: Source, runs: list[Extent], work: Work, *, sparse: bool) ->
     with created(work.path) as fd:
         os.ftruncate(fd, source.size)
         work.report.expect(extents.total(runs))
-        copy_disk(source, fd, work, runs, size=source.size, sparse=sparse)
+        written = copy_disk(source, fd, work, runs, size=source.size, sparse=sparse)
         os.fsync(fd)
-    return Made(Format.RAW, source.size)
+    return Made(Format.RAW, source.size, sums=written)
+
+
+def check_sums(image: BackingImage, kept: list[Sum], found: list[Sum]) -> None:
+    """Raises PRECONDITION where what was `found` in the file of `image` is not what was `kept` of it."""
+    if bad := sums.damaged(kept, found):
+        raise precondition(
+            f"{image.described} is damaged: {extents.total(bad)} bytes of its file from byte {bad[0].start} on are not"
+            " what was written",
+            "delete it and make it again; does the kernel's log tell of the disk?",
+        )
+
+
+def _encrypted(source: Source, written: list[Sum], base: int) -> Made:
+    runs = list(extents.merged(item.extent for item in written))
+    return Made(Format.LUKS, source.size, runs=runs, sums=[replace(item, start=base + item.start) for item in written])
 
 
 def copy_disk(
     source: Source, fd: int, work: Work, runs: list[Extent],
     *, size: int, base: int = 0, cipher: CipherSpec | None = None, sparse: bool = True, places: Places = (),
-) -> list[Extent]:  # fmt: skip
+) -> list[Sum]:  # fmt: skip
     """`engine.copy` into the file `fd` at `work.path`, which grows to `base + size`; its space is checked before."""
     _check_space(fd, extents.total(runs) + base, work.owner)
     os.ftruncate(fd, base + size)
@@ -167,7 +189,7 @@ def _kept(found: http.Download, checksum: str, work: Work) -> Made:
     with created(work.path) as fd:
         work.report.expect(found.size or 0)
         _check_space(fd, found.size or 0, work.owner)
-        digest = _received(found.pieces, fd, work.report.advance, hashed=bool(checksum))
+        digest, written = _received(found.pieces, fd, work.report.advance, hashed=bool(checksum))
         os.fsync(fd)
     if digest != checksum:
         raise invalid(
@@ -178,12 +200,18 @@ def _kept(found: http.Download, checksum: str, work: Work) -> Made:
     with formats.opened(work.path, form) as source:
         # Every number in a foreign file's tables is checked once, here, before anyone relies on it.
         runs = list(extents.normalised(source.extents(), source.size)) if form is not Format.RAW else None
-        return Made(form, source.size, digest, runs if form is Format.LUKS else None)
+        if form is not Format.LUKS:
+            return Made(form, source.size, digest, sums=written)
+        payload = header.read(work.path).payload_offset
+        return Made(form, source.size, digest, runs, [item for item in written if item.start >= payload])
 
 
-def _received(pieces: Iterator[bytes], fd: int, advance: Callable[[int], None], *, hashed: bool) -> str:
-    """Write `pieces` with zeros as holes; returns their SHA-512, computed beside, if it is to be `hashed`."""
+def _received(
+    pieces: Iterator[bytes], fd: int, advance: Callable[[int], None], *, hashed: bool
+) -> tuple[str, list[Sum]]:
+    """Write `pieces` with zeros as holes; returns their SHA-512, computed beside if `hashed`, and their checksums."""
     target, digest, at = Target(TargetSpec(fd, -1, 0, None, sparse=True)), hashlib.sha512(), 0
+    written: list[Sum] = []
     with ThreadPoolExecutor(1) as hasher:
         hashing: Future[None] | None = None
         for piece in pieces:
@@ -191,11 +219,11 @@ def _received(pieces: Iterator[bytes], fd: int, advance: Callable[[int], None], 
                 if hashing:
                     hashing.result()  # one piece at a time: memory stays bounded
                 hashing = hasher.submit(digest.update, piece)
-            target.write(memoryview(piece), at)
+            written += target.write(memoryview(piece), at)
             at += len(piece)
             advance(len(piece))
     os.ftruncate(fd, at)
-    return digest.hexdigest() if hashed else ""
+    return digest.hexdigest() if hashed else "", written
 
 
 def data_runs(source: Source, *, sparse: bool) -> list[Extent]:

@@ -218,8 +218,7 @@ class Images:
 
     def _finish(self, made: Made, report: Reporter) -> None:
         image = report.image
-        if made.runs is not None:
-            extents.save(image.map_path, made.runs, made.virtual_size)
+        extents.save(image.map_path, made.runs, made.virtual_size, made.sums)
         image.partial.rename(image.path)
         sync_directory(image.directory)
         if made.format is Format.LUKS:

@@ -12,6 +12,7 @@ from plugin.errors import exhausted
 from plugin.host.files import Extent
 from plugin.images.disk import CipherSpec
 from plugin.images.extents import BLOCK, SHORTEST_HOLE
+from plugin.images.sums import Sum
 
 PIECE = 4 << 20  # bytes that a worker reads, ciphers and writes at once
 Places: TypeAlias = Sequence[tuple[int, int]]
@@ -68,16 +69,21 @@ class Target:
         self._direct = spec.direct
         self._cipher = spec.cipher.make() if spec.cipher else None
 
-    def write(self, buffer: memoryview, offset: int) -> list[Extent]:
-        """Write `buffer`, which is spoiled by it, as the disk's bytes from `offset` on; returns what was written."""
+    def write(self, buffer: memoryview, offset: int) -> list[Sum]:
+        """Write `buffer`, which is spoiled by it, as the disk's bytes from `offset` on; returns what was written.
+
+        The checksums are of the bytes as they lie in the file, the offsets in them those of the disk.
+        """
         whole = [Extent(offset, len(buffer))]
         runs = list(not_zero(buffer, offset)) if self._spec.sparse else whole
+        sums = []
         for run in runs:
             part = buffer[run.start - offset : run.end - offset]
             if self._cipher:
                 self._cipher.encrypt(part, run.start)
+            sums.append(Sum.of(part, run.start))
             self._put(part, self._spec.at(run.start))
-        return runs
+        return sums
 
     def _put(self, part: memoryview, at: int) -> None:
         try:

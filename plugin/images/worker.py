@@ -13,6 +13,7 @@ import sys
 
 from plugin.errors import EbiError, Kind
 from plugin.images import formats
+from plugin.images.sums import Sum
 from plugin.images.target import PIECE, Target, TargetSpec
 
 _PR_SET_PDEATHSIG = 1
@@ -38,14 +39,15 @@ def main() -> int:
 
 def _work(job: dict[str, dict[str, object]]) -> None:
     source = formats.restored(job["source"])
-    target = Target(TargetSpec.restored(job["target"]))
+    target = Target(TargetSpec.restored(job["target"])) if job["target"] else None
     buffer = memoryview(mmap.mmap(-1, PIECE))  # aligned to pages, as direct I/O wants it
     for line in sys.stdin.buffer:
         done, written = 0, []
         for start, length in json.loads(line):
             piece = buffer[:length]
             source.read(piece, start)
-            written += [(run.start, run.length) for run in target.write(piece, start)]
+            sums = target.write(piece, start) if target else [Sum.of(piece, start)]
+            written += [(item.start, item.length, item.crc) for item in sums]
             done += length
         _answer({"done": done, "written": written})
 
