@@ -41,4 +41,4 @@ class Bar:
         elif time.monotonic() - self._last_line >= _LINE_EVERY:
             self._last_line = time.monotonic()
             share = f"{100 * progress.done // progress.total} %" if progress.total else f"{progress.done} bytes"
-            print(f"backingimage/{self._name}: {progress.state}, {share}", file=sys.stderr)
+            print(f"backingimage/{self._name}: {progress.state}, {share}, {progress.text}", file=sys.stderr)

@@ -47,6 +47,7 @@ def rekey(
         keyslots.change(image.path, was.passphrase, wanted, image.described, keep_old=keep_old)
         backup.save(image.path, image.header_path, image.described)  # or the old passphrase would go on in it
         changed = replace(image, spec=_under(image.spec, *secret)).changed(checksum="")
+        changed = changed.noted(f"rekeyed: the secret is now {'/'.join(secret)}")
         save(changed)
         return changed
 
@@ -71,7 +72,7 @@ def restore(images: Images, name: str, file: Path | None = None) -> BackingImage
         backup.restore(source, image.path, image.described, _known(image))
         if file:
             backup.save(image.path, image.header_path, image.described)
-        changed = image.changed(checksum="")
+        changed = image.changed(checksum="").noted(f"its header was restored from {source}")
         save(changed)
         return changed
 

@@ -27,8 +27,22 @@ class State(StrEnum):
     UNKNOWN = "unknown"
 
 
+_EVENTS = 20  # kept in the record
 # States in which somebody works on the image, or has died doing so.
 WORKING = frozenset({State.PENDING, State.STARTING, State.READY_FOR_TRANSFER, State.IN_PROGRESS})
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to an image at `time` (RFC 3339); `type` is Normal or Warning, as in Kubernetes."""
+
+    time: str
+    type: str
+    message: str
+
+    def to_dict(self) -> dict[str, str]:
+        """For the record."""
+        return {"time": self.time, "type": self.type, "message": self.message}
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,7 @@ class Status:
     encrypted: bool = False
     format: Format = Format.RAW
     since: str = ""
+    events: tuple[Event, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,10 +73,12 @@ class BackingImage:
     directory: Path = field(compare=False)
 
     @classmethod
-    def new(cls, manifest: Manifest, directory: Path, created: str = "") -> "BackingImage":
-        """An image that nothing was done for yet, with a new identity."""
+    def new(cls, manifest: Manifest, directory: Path, before: "BackingImage | None" = None) -> "BackingImage":
+        """An image that nothing was done for yet, with a new identity; `before` is an earlier attempt at it."""
+        created, events = (before.created, before.status.events) if before else ("", ())
+        status = Status(events=events)
         image = cls(
-            manifest.name, manifest.namespace, str(uuid.uuid4()), created or now(), manifest.spec, Status(), directory
+            manifest.name, manifest.namespace, str(uuid.uuid4()), created or now(), manifest.spec, status, directory
         )
         return image.changed(encrypted=manifest.spec.encryption in ("encrypt", "reencrypt"))
 
@@ -101,6 +118,11 @@ class BackingImage:
         return self.directory / "extents.json"
 
     @property
+    def cancel_path(self) -> Path:
+        """Where it is, whoever works on the image stops: it is to be deleted."""
+        return self.directory / "cancel"
+
+    @property
     def header_path(self) -> Path:
         """The backup of an encrypted image's LUKS2 header."""
         return self.directory / "header.luks"
@@ -127,7 +149,16 @@ class BackingImage:
         """This image with another status; a new state is given its time."""
         if changes.get("state", self.status.state) != self.status.state or not self.status.since:
             changes["since"] = now()
-        return replace(self, status=replace(self.status, **changes))
+        changed = replace(self, status=replace(self.status, **changes))
+        if changed.status.state is self.status.state:
+            return changed
+        state, message = changed.status.state, changed.status.message
+        return changed.noted(f"{state}: {message}" if message else str(state), warning=state is State.FAILED)
+
+    def noted(self, message: str, *, warning: bool = False) -> "BackingImage":
+        """This image with one more event; the oldest go."""
+        event = Event(now(), "Warning" if warning else "Normal", message)
+        return replace(self, status=replace(self.status, events=(*self.status.events, event)[-_EVENTS:]))
 
     def to_record(self) -> dict[str, Any]:
         """What has to be kept of it: the object without what the file itself tells."""
@@ -147,6 +178,7 @@ class BackingImage:
                 "encrypted": status.encrypted,
                 "format": str(status.format),
                 "lastStateTransitionTime": status.since,
+                "events": [event.to_dict() for event in status.events],
             },
         }
 
@@ -169,6 +201,7 @@ class BackingImage:
                 status["encrypted"],
                 Format(status["format"]),
                 status["lastStateTransitionTime"],
+                tuple(Event(**event) for event in status.get("events", [])),
             ),
             directory=directory,
         )

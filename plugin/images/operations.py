@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from plugin.errors import exhausted, invalid, precondition
+from plugin.errors import invalid, precondition
 from plugin.host.files import Extent, data_extents
-from plugin.images import engine, extents, formats, http, sums
+from plugin.images import engine, extents, formats, http, space, sums
 from plugin.images.disk import CipherSpec, Disk, Source
 from plugin.images.formats import Format
 from plugin.images.image import BackingImage
@@ -28,7 +28,6 @@ from plugin.luks.sectors import HEAD, sector_size
 from plugin.settings import Settings
 
 _FICLONE = 0x4004_9409  # linux/fs.h
-_SPARE = 16 << 20  # bytes of disk left for records, maps and the filesystem's own needs
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,7 @@ def copy_disk(
     *, size: int, base: int = 0, cipher: CipherSpec | None = None, sparse: bool = True, places: Places = (),
 ) -> list[Sum]:  # fmt: skip
     """`engine.copy` into the file `fd` at `work.path`, which grows to `base + size`; its space is checked before."""
-    _check_space(fd, extents.total(runs) + base, work.owner)
+    space.claim(work.path, fd, extents.total(runs) + base, work.owner)
     os.ftruncate(fd, base + size)
     direct = open_direct(work.path)
     try:
@@ -188,8 +187,8 @@ def copy_disk(
 def _kept(found: http.Download, checksum: str, work: Work) -> Made:
     with created(work.path) as fd:
         work.report.expect(found.size or 0)
-        _check_space(fd, found.size or 0, work.owner)
-        digest, written = _received(found.pieces, fd, work.report.advance, hashed=bool(checksum))
+        space.claim(work.path, fd, found.size or 0, work.owner)
+        digest, written = _received(found.pieces, fd, work.report, hashed=bool(checksum))
         os.fsync(fd)
     if digest != checksum:
         raise invalid(
@@ -206,22 +205,28 @@ def _kept(found: http.Download, checksum: str, work: Work) -> Made:
         return Made(form, source.size, digest, runs, [item for item in written if item.start >= payload])
 
 
-def _received(
-    pieces: Iterator[bytes], fd: int, advance: Callable[[int], None], *, hashed: bool
-) -> tuple[str, list[Sum]]:
-    """Write `pieces` with zeros as holes; returns their SHA-512, computed beside if `hashed`, and their checksums."""
+def _received(pieces: Iterator[bytes], fd: int, report: Reporter, *, hashed: bool) -> tuple[str, list[Sum]]:
+    """Write `pieces` with zeros as holes; returns their SHA-512, computed beside if `hashed`, and their checksums.
+
+    An empty piece says that all before it is void (see `http.Download`).
+    """
     target, digest, at = Target(TargetSpec(fd, -1, 0, None, sparse=True)), hashlib.sha512(), 0
     written: list[Sum] = []
     with ThreadPoolExecutor(1) as hasher:
         hashing: Future[None] | None = None
         for piece in pieces:
+            if hashing:
+                hashing.result()  # one piece at a time: memory stays bounded
+            if not piece:
+                os.ftruncate(fd, 0)
+                digest, at, written, hashing = hashlib.sha512(), 0, [], None
+                report.advance(-report.done)
+                continue
             if hashed:
-                if hashing:
-                    hashing.result()  # one piece at a time: memory stays bounded
                 hashing = hasher.submit(digest.update, piece)
             written += target.write(memoryview(piece), at)
             at += len(piece)
-            advance(len(piece))
+            report.advance(len(piece))
     os.ftruncate(fd, at)
     return digest.hexdigest() if hashed else "", written
 
@@ -251,16 +256,6 @@ def _shared(source: int, target: int) -> bool:
         if error.errno in (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM):
             return False
         raise
-
-
-def _check_space(fd: int, needed: int, owner: str) -> None:
-    found = os.fstatvfs(fd)
-    free = found.f_bavail * found.f_frsize
-    if free < needed + _SPARE:
-        raise exhausted(
-            f"{owner} needs {needed >> 20} MiB of disk, and {free >> 20} MiB are free",
-            "free space in the data directory",
-        )
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from plugin.errors import EbiError, Kind
 from plugin.images.catalog import Catalog
 from plugin.images.image import BackingImage, State
 
@@ -36,6 +37,12 @@ class Progress:
         speed = self.bytes_per_second
         return (self.total - self.done) / speed if self.total and speed else None
 
+    @property
+    def text(self) -> str:
+        """Speed and time left, for people."""
+        left = f", {self.seconds_left:.0f} s left" if self.seconds_left is not None else ""
+        return f"{self.bytes_per_second / (1 << 20):.0f} MiB/s{left}"
+
 
 class Reporter:
     """Follows one operation on `image`: it calls `state` and `advance`, `heard` hears of it, `catalog` keeps it."""
@@ -62,13 +69,21 @@ class Reporter:
     def advance(self, count: int) -> None:
         """`count` more bytes are done."""
         self.done += count
+        self.tick()
+
+    def tick(self) -> None:
+        """Still at work: tell of it where it is time to. Raises CANCELLED when the image is being deleted."""
         now = time.monotonic()
         if now - self._told >= _TELL_EVERY:
             self._told = now
+            if self._catalog is not None and self.image.cancel_path.exists():
+                raise EbiError(f"the work on {self.image.described} was cancelled", kind=Kind.CANCELLED)
             self._heard(self._progress())
         if now - self._recorded >= _RECORD_EVERY:
             self._recorded = now
-            self.image = self.image.changed(progress=self._progress().percent)
+            so_far = self._progress()
+            if self.image.status.state is State.IN_PROGRESS:
+                self.image = self.image.changed(progress=so_far.percent, message=so_far.text)
             self._save(durable=False)
 
     def _save(self, *, durable: bool) -> None:

@@ -12,7 +12,7 @@ from plugin import events
 from plugin.errors import EbiError, Kind, exists, not_found, precondition
 from plugin.host.files import sync_directory
 from plugin.host.lock import is_locked, locked
-from plugin.images import extents, operations, rules
+from plugin.images import extents, operations, rules, slots, space
 from plugin.images.catalog import Catalog, LocalCatalog
 from plugin.images.formats import Format
 from plugin.images.http import Download
@@ -24,6 +24,8 @@ from plugin.images.secrets import SecretSource
 from plugin.luks import backup
 from plugin.settings import Settings
 
+_QUEUED = "it waits for other operations to end"
+_CANCEL_SECONDS = 5.0
 _INTERRUPTED = "it was interrupted; apply its manifest again"
 
 
@@ -89,7 +91,7 @@ class Images:
                 return current
             wanted = rules.resolved(wanted, self._catalog.get)
             todo = job(wanted, held)
-            image = BackingImage.new(wanted, directory, current.created if current else "")
+            image = BackingImage.new(wanted, directory, current)
             return self._run(todo, Reporter(image, self._catalog, progress))
 
     def get(self, name: str) -> BackingImage:
@@ -104,17 +106,22 @@ class Images:
         return [image for found in self._catalog.list() if (image := self._seen(found.name)) is not None]
 
     def delete(self, name: str, users: Sequence[str] = ()) -> None:
-        """Remove the image `name`; `users` are the volumes that use it. Raises NOT_FOUND, PRECONDITION, BUSY."""
+        """Remove the image `name`, and stop whoever makes it; `users` are the volumes that use it.
+
+        Raises NOT_FOUND, PRECONDITION, and BUSY where it is in use, or its maker did not stop within some seconds.
+        """
         if users:
             raise precondition(
                 f"cannot delete backing image {name} since there are volumes using it: {', '.join(sorted(users))}",
                 "delete those first",
             )
-        self.get(name)
+        image = self.get(name)
+        if image.status.state in WORKING:
+            _cancel(image)
         with self._locked(name):
-            image = self._catalog.get(name)
-            if image is not None:
-                self._catalog.remove(image)
+            left = self._catalog.get(name)
+            if left is not None:
+                self._catalog.remove(left)
 
     @contextmanager
     def held(self, name: str) -> Iterator[BackingImage]:
@@ -197,12 +204,13 @@ class Images:
 
     def _run(self, job: _Job, report: Reporter) -> BackingImage:
         image = report.image
-        report.state(State.STARTING)
         _clear(image.directory)
         start, ok = time.monotonic(), False
         try:
-            made = job.run(Work(image.partial, image.described, self._settings, report))
-            self._finish(made, report)
+            with self._turn(job, report):
+                report.state(State.STARTING, message="")
+                made = job.run(Work(image.partial, image.described, self._settings, report))
+                self._finish(made, report)
             ok = True
         except BaseException as error:
             failure = _explained(error, image, job.name)
@@ -216,10 +224,26 @@ class Images:
             events.publish(events.ImageOperation(job.name, report.done, time.monotonic() - start, ok))
         return report.image
 
+    @contextmanager
+    def _turn(self, job: _Job, report: Reporter) -> Iterator[None]:
+        """The turn of `job`; one that waits for a network more than it works needs none."""
+        if job.name in ("download", "upload"):
+            yield
+            return
+
+        def waiting() -> None:
+            if report.image.status.message != _QUEUED:
+                report.state(State.PENDING, message=_QUEUED)
+            report.tick()
+
+        with slots.slot(self._root, waiting):
+            yield
+
     def _finish(self, made: Made, report: Reporter) -> None:
         image = report.image
         extents.save(image.map_path, made.runs, made.virtual_size, made.sums)
         image.partial.rename(image.path)
+        (image.directory / space.CLAIM).unlink(missing_ok=True)
         sync_directory(image.directory)
         if made.format is Format.LUKS:
             backup.save(image.path, image.header_path, image.described)
@@ -262,6 +286,15 @@ class Images:
             finally:
                 if directory.exists() and self._catalog.get(name) is None:
                     shutil.rmtree(directory)
+
+
+def _cancel(image: BackingImage) -> None:
+    """Have whoever works on `image` stop, and wait a while for it."""
+    with suppress(FileNotFoundError):
+        image.cancel_path.touch()
+    until = time.monotonic() + _CANCEL_SECONDS
+    while is_locked(image.directory) and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def _check_ready(image: BackingImage) -> None:

@@ -1,0 +1,51 @@
+"""Disk space: checked before an operation starts, against what others at work have claimed and not yet used."""
+
+import fcntl
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from plugin.errors import exhausted
+from plugin.host.lock import is_locked
+
+CLAIM = "claimed"  # beside an image's partial file: how many bytes its operation will have written
+_SPARE = 16 << 20  # bytes of disk left for records, maps and the filesystem's own needs
+
+
+def claim(partial: Path, fd: int, needed: int, owner: str) -> None:
+    """Claim `needed` bytes of disk for the file `partial`, open as `fd`, of an image in work.
+
+    The claim ends with the operation. Raises EXHAUSTED when they are not free, counting the claims of others.
+    """
+    directory = partial.parent
+    if not (directory / "record.json").exists():  # an export: nobody else's claim is about that filesystem
+        _check(fd, needed, 0, owner)
+        return
+    gate = os.open(directory.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        others = [path.parent for path in directory.parent.glob(f"*/{CLAIM}") if path.parent != directory]
+        _check(fd, needed, sum(_outstanding(other) for other in others), owner)
+        (directory / CLAIM).write_text(str(needed))
+    finally:
+        os.close(gate)
+
+
+def _outstanding(directory: Path) -> int:
+    """What the operation on the image in `directory` has still to write; 0 for a claim that a kill left."""
+    with suppress(OSError, ValueError):
+        if is_locked(directory):
+            claimed = int((directory / CLAIM).read_text())
+            return max(0, claimed - (directory / "image.partial").stat().st_blocks * 512)
+    return 0
+
+
+def _check(fd: int, needed: int, others: int, owner: str) -> None:
+    found = os.fstatvfs(fd)
+    free = max(0, found.f_bavail * found.f_frsize - others)
+    if free < needed + _SPARE:
+        raise exhausted(
+            f"{owner} needs {needed >> 20} MiB of disk, and {free >> 20} MiB are free"
+            + (f" beside the {others >> 20} MiB that other operations will take" if others else ""),
+            "free space in the data directory",
+        )

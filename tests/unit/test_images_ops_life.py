@@ -1,0 +1,149 @@
+"""Cancelling, queueing, claims on disk space, and the events in an image's record."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from plugin.errors import EbiError, Kind
+from plugin.host.lock import locked
+from plugin.images import Progress, State, slots, space
+from plugin.images.http import Download
+from tests.unit.conftest import MIB, Store, clone, make_raw, manifest
+
+
+@pytest.fixture
+def golden(store: Store) -> Store:
+    store.download(make_raw(store.work / "raw", 8 * MIB, [(0, 4 * MIB)]))
+    return store
+
+
+def test_deleting_stops_whoever_makes_it(golden: Store) -> None:
+    caught: list[EbiError] = []
+    started = threading.Event()
+
+    def endless() -> Download:
+        def pieces():  # type: ignore[no-untyped-def]
+            while True:
+                started.set()
+                time.sleep(0.02)
+                yield os.urandom(4096)
+
+        return Download(None, pieces())
+
+    def make() -> None:
+        try:
+            golden.images.upload(manifest("x", "upload"), endless())
+        except EbiError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    assert started.wait(30)
+    directory = golden.images.get("x").directory
+    golden.images.delete("x")
+    thread.join(30)
+    assert not thread.is_alive() and not directory.exists()
+    assert caught[0].kind is Kind.CANCELLED and "backing image x was cancelled" in caught[0].message
+    with pytest.raises(EbiError, match="not found"):
+        golden.images.get("x")
+
+
+def test_a_third_operation_waits_for_its_turn(golden: Store) -> None:
+    root = golden.images.get("golden").directory.parent
+    heard: list[Progress] = []
+    with slots.slot(root, lambda: None):
+        with slots.slot(root, lambda: None):
+            thread = threading.Thread(
+                target=golden.images.apply, args=(clone("e", "golden", "encrypt"), golden.secrets, heard.append)
+            )
+            thread.start()
+            until = time.monotonic() + 30
+            while not heard and time.monotonic() < until:
+                time.sleep(0.02)
+            waiting = golden.images.get("e").status
+            assert (waiting.state, "waits" in waiting.message) == (State.PENDING, True)
+        thread.join(60)
+    assert golden.images.get("e").ready and golden.images.get("e").status.message == ""
+
+
+def test_one_that_waits_can_be_deleted(golden: Store) -> None:
+    root = golden.images.get("golden").directory.parent
+    caught: list[EbiError] = []
+
+    def make() -> None:
+        try:
+            golden.apply(clone("e", "golden"))
+        except EbiError as error:
+            caught.append(error)
+
+    with slots.slot(root, lambda: None), slots.slot(root, lambda: None):
+        thread = threading.Thread(target=make)
+        thread.start()
+        until = time.monotonic() + 30
+        while not (root / "e" / "record.json").exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        golden.images.delete("e")
+        thread.join(30)
+    assert caught[0].kind is Kind.CANCELLED and not (root / "e").exists()
+
+
+def test_a_killed_process_holds_no_slot(tmp_path: Path) -> None:
+    with slots.slot(tmp_path, lambda: None):
+        pid = os.fork()
+        if pid == 0:
+            os.closerange(3, 64)
+            os._exit(0)
+        os.waitpid(pid, 0)
+        with slots.slot(tmp_path, lambda: None):
+            assert slots._free(tmp_path) == -1
+    fd = slots._free(tmp_path)
+    assert fd >= 0
+    os.close(fd)
+
+
+def test_what_others_have_claimed_is_not_free(golden: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    golden.apply(clone("other", "golden"))
+    found = os.statvfs(golden.work)
+    blocks = 100 * MIB // found.f_frsize
+    little = os.statvfs_result((found.f_bsize, found.f_frsize, found.f_blocks, blocks, blocks, *found[5:]))
+    monkeypatch.setattr(os, "fstatvfs", lambda _: little)
+    other = golden.images.get("other").directory
+    (other / space.CLAIM).write_text(str(90 * MIB))
+    golden.apply(clone("x", "golden", "encrypt"))  # a claim that nobody holds any more
+    golden.images.delete("x")
+    with locked(other, "it"):
+        (other / "image.partial").write_bytes(os.urandom(2 * MIB))
+        with pytest.raises(EbiError, match="x needs 20 MiB of disk, and 12 MiB are free beside the 88 MiB") as caught:
+            golden.apply(clone("x", "golden", "encrypt"))
+    assert caught.value.kind is Kind.EXHAUSTED
+    assert not (golden.images.get("golden").directory / space.CLAIM).exists()
+
+
+def test_events_tell_an_image_s_story(golden: Store) -> None:
+    document = manifest("x", "download", url=(golden.work / "late").as_uri())
+    with pytest.raises(EbiError):
+        golden.apply(document)
+    make_raw(golden.work / "late", MIB, [(0, MIB)])
+    image = golden.apply(document)
+    told = [(event.type, event.message.partition(":")[0]) for event in image.status.events]
+    normal = [("Normal", "starting"), ("Normal", "in-progress"), ("Normal", "ready")]
+    assert told == [normal[0], ("Warning", "failed"), *normal]
+    value = golden.images.get("x").to_object()["status"]["events"]
+    assert len(value) == 5 and set(value[0]) == {"time", "type", "message"}
+    assert golden.images.get("x") == image
+
+
+def test_only_the_last_events_stay(golden: Store) -> None:
+    image = golden.images.get("golden")
+    for number in range(30):
+        image = image.noted(str(number))
+    assert [event.message for event in image.status.events] == [str(number) for number in range(10, 30)]
+
+
+def test_speed_and_time_left_are_told() -> None:
+    progress = Progress(State.IN_PROGRESS, 100 * MIB, 400 * MIB, 2.0)
+    assert progress.text == "50 MiB/s, 6 s left"
+    assert Progress(State.IN_PROGRESS, 100 * MIB, 0, 2.0).text == "50 MiB/s"
