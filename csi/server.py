@@ -42,17 +42,32 @@ def serve(volumes: Volumes, images: Images, settings: Settings) -> None:
     Calls that need longer end with the process. Raises INVALID for an endpoint that is no unix socket, a driver name
     or a node id that can't be one, PRECONDITION where another server has the socket.
     """
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    with metrics.exported(settings, images), serving(volumes, images, settings) as calls:
-        stop.wait()
+    with _signals() as arrived, metrics.exported(settings, images), serving(volumes, images, settings) as calls:
+        arrived.recv(1)
         log.info("stopping: %d calls are running", calls.running)
     if calls.running:
         # Their threads can't be stopped, and a process that ends in the middle of a call is provided for.
         log.warning("%d calls did not end within %s s", calls.running, settings.grace_seconds)
         logging.shutdown()
         os._exit(0)
+
+
+@contextmanager
+def _signals() -> Iterator[socket.socket]:
+    """A socket to read from when SIGTERM or SIGINT has come.
+
+    The kernel may give a signal to any thread, and one that waits for a lock in the main thread would not notice.
+    """
+    receiver, sender = socket.socketpair()
+    with receiver, sender:
+        sender.setblocking(False)
+        before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        try:
+            yield receiver
+        finally:
+            signal.set_wakeup_fd(before)
 
 
 @contextmanager

@@ -71,7 +71,12 @@ class Node:
             channel.close()
             if process.poll() is None:
                 os.kill(process.pid, signal.SIGTERM)
-            assert process.wait(60) == 0, f"the server ended badly:\n{self.log.read_text()}"
+            try:
+                status = process.wait(120)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                status = process.wait()
+            assert status == 0, f"the server ended with {status}:\n{self.log.read_text()[-20_000:]}"
 
     def metrics(self) -> str:
         """The metrics endpoint's whole answer."""

@@ -160,3 +160,12 @@ def test_a_call_that_does_not_end_within_the_grace_time_ends_with_the_process() 
         assert served.process.wait(30) == 0
         assert time.monotonic() - start >= 0.5
         assert b"did not end within" in served.process.stdout.read()  # type: ignore[union-attr]
+
+
+def test_a_signal_that_the_kernel_gives_to_another_thread_ends_it_too() -> None:
+    with busy_process(grace=60) as served:
+        served.finish()
+        main = served.process.pid
+        others = [int(entry.name) for entry in Path(f"/proc/{main}/task").iterdir() if int(entry.name) != main]
+        os.kill(others[0], signal.SIGTERM)
+        assert served.process.wait(30) == 0
