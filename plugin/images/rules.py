@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from plugin.errors import EbiError, Kind, exists, invalid, precondition, unsupported
+from plugin.errors import EbiError, Kind, exists, invalid, precondition
 from plugin.images.formats import Format
 from plugin.images.image import BackingImage
 from plugin.images.manifest import Manifest, Spec
@@ -107,10 +107,7 @@ def parameters(manifest: Manifest, secrets: SecretSource, key: str) -> SecretPar
 def check_cipher(found: SecretParameters, owner: str) -> None:
     """Raises UNSUPPORTED where the payload writer does not know the cipher that `owner` shall have."""
     if not payload.supports(found.cipher, found.key_size):
-        raise unsupported(
-            f"nothing here can do the cipher {found.cipher} with a key of {found.key_size} bits for {owner}",
-            f"use {payload.XTS} with a key of 256 or 512 bits",
-        )
+        raise payload.refusal(found.cipher, found.key_size, owner)
 
 
 def _secret(spec: Spec) -> str:

@@ -14,6 +14,11 @@ _LEAST_ITERATIONS = {"argon2i": 4, "argon2id": 4, "pbkdf2": 1000}
 _ITERATIONS = {"argon2i": 4, "argon2id": 4, "pbkdf2": 2_000_000}
 _MEMORY = 256 << 10
 _KEY_SIZES = {"xts": (256, 512), "cbc": (128, 192, 256)}
+# What cryptsetup's OpenSSL knows under these names and LUKS2 takes; the last two need its legacy provider.
+_HASH_NAMES = """
+    sha1 sha224 sha256 sha384 sha512 sha3-224 sha3-256 sha3-384 sha3-512 blake2b-512 blake2s-256 ripemd160 whirlpool
+"""
+_HASHES = frozenset(_HASH_NAMES.split())
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,7 @@ class SecretParameters:
         cipher = texts.get(f"{PREFIX}KEY_CIPHER") or cls.cipher
         key_size = _number(texts, f"{PREFIX}KEY_SIZE", owner) or cls.key_size
         _check_key_size(cipher, key_size, owner)
-        return cls(
-            passphrase, cipher, key_size, texts.get(f"{PREFIX}KEY_HASH") or cls.hash, _pbkdf(texts, owner)
-        )  # fmt: skip
+        return cls(passphrase, cipher, key_size, _hash(texts, owner), _pbkdf(texts, owner))
 
 
 _KNOWN = frozenset(
@@ -77,6 +80,13 @@ _KNOWN = frozenset(
         "PBKDF_MEMORY",
     )
 )
+
+
+def _hash(texts: Mapping[str, str], owner: str) -> str:
+    found = texts.get(f"{PREFIX}KEY_HASH") or SecretParameters.hash
+    if found not in _HASHES:
+        raise invalid(f"unsupported {PREFIX}KEY_HASH {found} for {owner}", f"known are {', '.join(sorted(_HASHES))}")
+    return found
 
 
 def _pbkdf(texts: Mapping[str, str], owner: str) -> Pbkdf:

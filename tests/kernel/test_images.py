@@ -33,9 +33,17 @@ def store(home: Path) -> Store:
     return Store(home, Images(home / "images", Settings(workers=1)))
 
 
-@pytest.mark.parametrize(("size", "key_size"), [(9 * MIB, "256"), (5 * MIB + 512, "512")])
-def test_dm_crypt_reads_what_we_encrypt(store: Store, size: int, key_size: str) -> None:
-    store.secrets = DocumentSecrets([secret(KEY_SIZE=key_size)])
+@pytest.mark.parametrize(
+    ("size", "cipher", "key_size"),
+    [
+        (9 * MIB, "aes-xts-plain64", "256"),
+        (5 * MIB + 512, "aes-xts-plain64", "512"),
+        (5 * MIB, "aes-cbc-essiv:sha256", "256"),
+        (5 * MIB + 512, "aes-cbc-essiv:sha256", "128"),
+    ],
+)
+def test_dm_crypt_reads_what_we_encrypt(store: Store, size: int, cipher: str, key_size: str) -> None:
+    store.secrets = DocumentSecrets([secret(KEY_CIPHER=cipher, KEY_SIZE=key_size)])
     raw = make_raw(store.work / "raw", size, [(0, MIB), (3 * MIB, 300 * KIB), (size - 512, 512)])
     store.download(raw)
     store.apply(clone("dense", "golden", "encrypt", sparse="false"))
@@ -50,9 +58,12 @@ def test_dm_crypt_reads_what_we_encrypt(store: Store, size: int, key_size: str) 
 
 
 @pytest.mark.parametrize("sector", [512, 4096])
-def test_we_decrypt_what_dm_crypt_encrypted(store: Store, sector: int) -> None:
+@pytest.mark.parametrize(
+    ("cipher", "key_size"), [("aes-xts-plain64", 512), ("aes-cbc-essiv:sha256", 192), ("aes-cbc-plain64", 256)]
+)
+def test_we_decrypt_what_dm_crypt_encrypted(store: Store, sector: int, cipher: str, key_size: int) -> None:
     raw, path = make_raw(store.work / "raw", 5 * MIB, [(0, 5 * MIB)]), store.work / "theirs"
-    parameters = SecretParameters(PASSPHRASE, key_size=512, pbkdf=Pbkdf("pbkdf2", 1000))
+    parameters = SecretParameters(PASSPHRASE, cipher, key_size, pbkdf=Pbkdf("pbkdf2", 1000))
     path.touch()
     os.truncate(path, header.PAYLOAD_OFFSET + 5 * MIB)
     header.create(path, parameters, header.new_key(parameters), sector_size=sector, owner="it")

@@ -10,9 +10,10 @@ import pytest
 
 from plugin.errors import EbiError, Kind
 from plugin.host import blockdev, dm, loop, mounts
+from plugin.luks import header
 from plugin.settings import Settings
 from plugin.volumes import AccessMode, Capability
-from tests.kernel.world import MIB, SECRET, WRONG, Machine, World, file_hash, steps, tree_hash
+from tests.kernel.world import CBC, MIB, SECRET, WRONG, Machine, World, file_hash, steps, tree_hash
 
 
 @pytest.fixture
@@ -41,6 +42,16 @@ class TestVolumeFromAnImage:
             assert tree_hash(target) == written
         assert file_hash(image.path) == before
         machine.volumes.delete("vol")
+
+    def test_cipher_and_key_size_of_the_secret_are_the_volumes_too(self, machine: Machine, world: World) -> None:
+        volume = machine.create("vol", 48 * MIB, world.cbc)
+        for _ in range(2):
+            staging = machine.stage("vol", CBC)
+            assert tree_hash(staging) == world.files
+            machine.unstage("vol")
+        for path in (volume.path, world.cbc.path):
+            found = header.read(path)
+            assert (found.cipher, found.key_size) == ("aes-cbc-essiv:sha256", 256)
 
     def test_takes_all_of_its_size_at_the_first_stage(self, machine: Machine, world: World) -> None:
         machine.create("vol", 256 * MIB, world.encrypted)

@@ -20,6 +20,7 @@ MIB = 1 << 20
 PASSPHRASE = "a passphrase of the tests\n"  # the newline counts
 # The cheapest key derivation that cryptsetup takes: what it costs is not what these tests are about.
 SECRET = {"CRYPTO_KEY_VALUE": PASSPHRASE, "CRYPTO_PBKDF": "pbkdf2", "CRYPTO_PBKDF_FORCE_ITERATIONS": "1000"}
+CBC = {**SECRET, "CRYPTO_KEY_CIPHER": "aes-cbc-essiv:sha256", "CRYPTO_KEY_SIZE": "256"}
 WRONG = {**SECRET, "CRYPTO_KEY_VALUE": PASSPHRASE.strip()}
 
 
@@ -69,6 +70,11 @@ class World:
         return self._encrypt(self.plain)
 
     @cached_property
+    def cbc(self) -> BackingImage:
+        """The same, under the secret `CBC`."""
+        return self._encrypt(self.plain, "golden-cbc", CBC)
+
+    @cached_property
     def xfs(self) -> BackingImage:
         """XFS of 300 MiB with 4 KiB sectors, encrypted."""
         raw = self.directory / "xfs.raw"
@@ -80,16 +86,18 @@ class World:
     def _download(self, name: str, raw: Path) -> BackingImage:
         return self._apply(name, "download", {"url": f"file://{raw}"})
 
-    def _encrypt(self, image: BackingImage) -> BackingImage:
+    def _encrypt(self, image: BackingImage, name: str = "", data: Mapping[str, str] = SECRET) -> BackingImage:
         source = {"backing-image": image.name, "encryption": "encrypt", "secret": "key", "secret-namespace": "tests"}
-        return self._apply(f"{image.name}-encrypted", "clone", source)
+        return self._apply(name or f"{image.name}-encrypted", "clone", source, data)
 
-    def _apply(self, name: str, source_type: str, parameters: Mapping[str, str]) -> BackingImage:
+    def _apply(
+        self, name: str, source_type: str, parameters: Mapping[str, str], data: Mapping[str, str] = SECRET
+    ) -> BackingImage:
         secret = {
             "apiVersion": "v1",
             "kind": "Secret",
             "metadata": {"name": "key", "namespace": "tests"},
-            "stringData": SECRET,
+            "stringData": data,
         }
         manifest = {
             "apiVersion": "longhorn.io/v1beta2",

@@ -96,12 +96,13 @@ def test_a_source_must_be_ready(store: Store) -> None:
     assert caught.value.kind is Kind.PRECONDITION
 
 
-@pytest.mark.parametrize("cipher", ["serpent-xts-plain64", "aes-cbc-plain64"])
+@pytest.mark.parametrize("cipher", ["serpent-xts-plain64", "aes-xts-plain", "nonsense"])
 def test_a_cipher_that_nothing_can_do_is_refused_by_name(golden: Store, cipher: str) -> None:
     golden.secrets = DocumentSecrets([secret(KEY_CIPHER=cipher)])
     with pytest.raises(EbiError, match=cipher) as caught:
         golden.apply(clone("x", "golden", "encrypt"))
-    assert caught.value.kind is Kind.UNSUPPORTED
+    assert caught.value.kind is Kind.UNSUPPORTED and "aes-cbc-essiv:sha256" in caught.value.hint
+    assert not (golden.work / "data" / "images" / "x").exists()
 
 
 def test_a_clone_that_ignores_encryption_inherits_the_secret(golden: Store) -> None:

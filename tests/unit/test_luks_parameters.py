@@ -50,6 +50,12 @@ def test_the_cost_can_be_set() -> None:
         ({"KEY_VALUE": "s3cret", "PBKDF": "scrypt"}, "unsupported CRYPTO_PBKDF scrypt"),
         ({"KEY_VALUE": "s3cret", "PBKDF_FORCE_ITERATIONS": "3"}, "CRYPTO_PBKDF_FORCE_ITERATIONS 3 is out of range"),
         ({"KEY_VALUE": "s3cret", "PBKDF_MEMORY": "8"}, "CRYPTO_PBKDF_MEMORY 8 is out of range"),
+        ({"KEY_VALUE": "s3cret", "KEY_HASH": "nonsense"}, f"unsupported CRYPTO_KEY_HASH nonsense for {OWNER}"),
+        ({"KEY_VALUE": "s3cret", "KEY_HASH": "md5"}, "unsupported CRYPTO_KEY_HASH md5"),
+        (
+            {"KEY_VALUE": "s3cret", "KEY_CIPHER": "aes-cbc-essiv:sha256", "KEY_SIZE": "512"},
+            "CRYPTO_KEY_SIZE 512 does not fit aes-cbc-essiv:sha256",
+        ),
         ({"KEY_VALUE": "s3cret", "KEY_HASH": b"\xff"}, "CRYPTO_KEY_HASH is not understood"),
     ],
 )

@@ -1,5 +1,6 @@
 """The payload cipher against published vectors, and the choice of the sector size."""
 
+import hashlib
 import os
 import subprocess
 from pathlib import Path
@@ -7,9 +8,16 @@ from pathlib import Path
 import pytest
 
 from plugin.errors import EbiError, Kind
+from plugin.luks import payload
 from plugin.luks.payload import Cipher
 from plugin.luks.sectors import HEAD, sector_size
 
+CIPHERS = [
+    ("aes-xts-plain64", 32),
+    ("aes-xts-plain64", 64),
+    ("aes-cbc-plain64", 32),
+    *[("aes-cbc-essiv:sha256", size) for size in (16, 24, 32)],
+]
 # IEEE Std 1619-2007, Annex B: vectors 4 (keys of 128 bits) and 10 (256 bits) start thus; data units of 512 bytes.
 KEY_4 = bytes.fromhex("27182818284590452353602874713526 31415926535897932384626433832795")
 KEY_10 = bytes.fromhex(
@@ -29,10 +37,34 @@ def test_ieee_vectors() -> None:
         assert buffer[:16].hex() == start
 
 
-@pytest.mark.parametrize("key_bytes", [32, 64])
+def test_essiv_is_the_number_ciphered_under_the_hash_of_the_key() -> None:
+    key = os.urandom(32)
+    hashed, number = hashlib.sha256(key).hexdigest(), (3).to_bytes(16, "little")
+    iv = _openssl("-aes-256-ecb", hashed, "", number)
+    plain = os.urandom(512)
+    buffer = bytearray(plain)
+    Cipher("aes-cbc-essiv:sha256", key, 512).encrypt(buffer, 3 * 512)
+    assert bytes(buffer) == _openssl("-aes-256-cbc", key.hex(), iv.hex(), plain)
+
+
+def _openssl(cipher: str, key: str, iv: str, data: bytes) -> bytes:
+    argv = ["openssl", "enc", cipher, "-nopad", "-K", key, *(["-iv", iv] if iv else [])]
+    return subprocess.run(argv, input=data, capture_output=True, check=True).stdout
+
+
+def test_numbers_written_in_place_or_by_a_call_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    key, plain = os.urandom(64), os.urandom(64 << 10)
+    found, asked = bytearray(plain), bytearray(plain)
+    Cipher("aes-xts-plain64", key, 512).encrypt(found, 1 << 41)
+    monkeypatch.setattr(payload._Context, "_number", lambda _: None)  # an OpenSSL without the place
+    Cipher("aes-xts-plain64", key, 512).encrypt(asked, 1 << 41)
+    assert found == asked != plain
+
+
+@pytest.mark.parametrize(("name", "key_bytes"), CIPHERS)
 @pytest.mark.parametrize("size", [512, 1024, 2048, 4096])
-def test_decrypt_undoes_encrypt_anywhere(key_bytes: int, size: int) -> None:
-    cipher, plain = Cipher("aes-xts-plain64", os.urandom(key_bytes), size), os.urandom(16 * size)
+def test_decrypt_undoes_encrypt_anywhere(name: str, key_bytes: int, size: int) -> None:
+    cipher, plain = Cipher(name, os.urandom(key_bytes), size), os.urandom(16 * size)
     buffer = bytearray(plain)
     cipher.encrypt(memoryview(buffer)[: 8 * size], 1 << 40)
     cipher.encrypt(memoryview(buffer)[8 * size :], (1 << 40) + 8 * size)
@@ -53,7 +85,18 @@ def test_only_whole_sectors() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("serpent-xts-plain64", 64), ("aes-cbc-plain64", 32), ("aes-xts-plain64", 48)]
+    ("name", "size"),
+    [
+        ("serpent-xts-plain64", 64),
+        ("twofish-xts-plain64", 64),
+        ("aes-xts-plain", 64),
+        ("aes-xts-plain64be", 64),
+        ("aes-cbc-essiv:sha512", 32),
+        ("xchacha12,aes-adiantum-plain64", 32),
+        ("nonsense", 32),
+        ("aes-xts-plain64", 48),
+        ("aes-cbc-essiv:sha256", 64),
+    ],
 )
 def test_an_unknown_cipher_is_refused_by_name(name: str, size: int) -> None:
     with pytest.raises(EbiError, match=name) as caught:
