@@ -9,6 +9,7 @@ from pathlib import Path
 
 from plugin.errors import EbiError, Kind, exhausted, invalid
 from plugin.host.run import CommandError, run, secret_fd
+from plugin.luks.derivation import deriving, opening
 from plugin.luks.metadata import Header, is_luks, read, read_fd
 from plugin.luks.parameters import Pbkdf, SecretParameters
 
@@ -32,14 +33,16 @@ def create(
     sector_size: int,
     owner: str,
     cost: Pbkdf | None = None,
+    step: str = "",
 ) -> None:
     """Write a LUKS2 header for `volume_key` into the first 16 MiB of the file or device `path`.
 
     The payload behind it is not touched. The key derivation costs `cost`, or what `parameters` say; no
-    benchmark runs. Raises INVALID when cryptsetup does not take the parameters, EXHAUSTED without memory to derive.
+    benchmark runs. `step` names its time in `plugin.events`, here and below. Raises INVALID when cryptsetup does not
+    take the parameters, EXHAUSTED without memory to derive.
     """
     pbkdf = cost or parameters.pbkdf
-    with secret_fd(volume_key) as fd:
+    with deriving([pbkdf], step), secret_fd(volume_key) as fd:
         argv = ["cryptsetup", "luksFormat", *NO_QUESTIONS, "--type", "luks2", "--key-file", "-"]
         argv += ["--cipher", parameters.cipher, "--key-size", str(parameters.key_size), "--hash", parameters.hash]
         argv += [*pbkdf.arguments(), "--sector-size", str(sector_size), "--offset", str(PAYLOAD_OFFSET // 512)]
@@ -57,7 +60,8 @@ def volume_key(path: Path, passphrase: bytes, owner: str) -> bytes:
     """
     argv = ["cryptsetup", "luksDump", *NO_QUESTIONS, "--dump-volume-key", "--key-file", "-", "--", str(path)]
     try:
-        text = run(argv, stdin=passphrase).stdout.decode()
+        with opening(path):
+            text = run(argv, stdin=passphrase).stdout.decode()
     except CommandError as error:
         raise explained(error, owner, f"cannot read the key of {owner}") from error
     _, found, digits = text.partition("MK dump:")
@@ -67,12 +71,13 @@ def volume_key(path: Path, passphrase: bytes, owner: str) -> bytes:
     return key
 
 
-def test_passphrase(path: Path, passphrase: bytes, owner: str, *, slot: int | None = None) -> None:
+def test_passphrase(path: Path, passphrase: bytes, owner: str, *, slot: int | None = None, step: str = "") -> None:
     """Return if the passphrase opens the LUKS2 file or device `path` (by keyslot `slot`); raises as `volume_key`."""
     argv = ["cryptsetup", "open", *NO_QUESTIONS, "--type", "luks2", "--test-passphrase", "--key-file", "-"]
     argv += [] if slot is None else ["--key-slot", str(slot)]
     try:
-        run([*argv, "--", str(path)], stdin=passphrase)
+        with opening(path, step):
+            run([*argv, "--", str(path)], stdin=passphrase)
     except CommandError as error:
         raise explained(error, owner, f"cannot test the passphrase of {owner}") from error
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from plugin.errors import EbiError, Kind, exhausted
 from plugin.host.run import CommandError, run, secret_fd
-from plugin.luks import header
+from plugin.luks import header, metadata
+from plugin.luks.derivation import deriving
 from plugin.luks.metadata import Header, pbkdf_of
 from plugin.luks.parameters import Pbkdf, SecretParameters
 
@@ -86,7 +87,9 @@ def _add(path: Path, old: bytes, new: SecretParameters, owner: str) -> int:
     number = next((number for number in range(_MOST) if number not in used), None)
     if number is None:
         raise exhausted(f"all {_MOST} keyslots of {owner} are in use", "remove one with cryptsetup luksKillSlot")
-    with secret_fd(new.passphrase) as fd:
+    # The old passphrase opens the volume key, then the new one derives its own: one after the other.
+    costs = [*metadata.costs(path), new.pbkdf]
+    with deriving(costs), secret_fd(new.passphrase) as fd:
         argv = ["cryptsetup", "luksAddKey", *header.NO_QUESTIONS, "--type", "luks2", "--key-file", "-"]
         argv += [*new.pbkdf.arguments(), "--hash", new.hash, "--key-slot", str(number)]
         try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from plugin.errors import EbiError, Kind, exhausted, invalid
 from plugin.host import dm
 from plugin.host.run import CommandError, run, secret_fd
+from plugin.luks.derivation import opening
 
 # cryptsetup(8), "RETURN CODES".
 _WRONG_PASSPHRASE, _OUT_OF_MEMORY = 2, 3
@@ -18,17 +19,26 @@ _OPEN = ("cryptsetup", "open", "--type", "luks2", "--batch-mode", "--disable-loc
 
 
 def open_with_passphrase(
-    device: Path, name: str, passphrase: bytes, owner: str, *, readonly: bool = False, flags: Sequence[str] = ()
+    device: Path,
+    name: str,
+    passphrase: bytes,
+    owner: str,
+    *,
+    readonly: bool = False,
+    flags: Sequence[str] = (),
+    step: str = "",
 ) -> None:
     """Open the LUKS2 `device` as the mapper `name`; costs one key derivation.
 
     `passphrase` is taken as it is, trailing newlines included. `flags` are further options of `cryptsetup open`.
+    `step` names its time in `plugin.events`, without the wait for memory.
     Raises INVALID when the passphrase does not open `owner` ("backing image parrot"), EXHAUSTED when the key
     derivation found no memory.
     """
     argv = [*_OPEN, "--key-file", "-", *flags, *(["--readonly"] if readonly else [])]
     try:
-        run([*argv, "--", str(device), name], stdin=passphrase)
+        with opening(device, step):
+            run([*argv, "--", str(device), name], stdin=passphrase)
     except CommandError as error:
         raise _explained(error, owner) from error
     dm.appeared(name)

@@ -70,16 +70,33 @@ def read_fd(fd: int, name: str) -> Header:
     head = os.pread(fd, 8, 0)
     if head[:6] == _MAGIC and head[6:8] == b"\x00\x01":
         raise unsupported(f"{name} has a LUKS1 header", "convert it with cryptsetup convert --type luks2")
-    copies = [copy for offset, magic in _places() if (copy := _copy(fd, offset, magic)) is not None]
+    copies = _copies(fd)
     if not copies:
         if head[:6] == _MAGIC:
             raise invalid(f"the LUKS2 header of {name} is damaged", "restore it from its backup")
         raise invalid(f"{name} has no LUKS2 header", "is it encrypted?")
-    _, binary, document = max(copies, key=lambda copy: copy[0])
+    _, binary, document = copies[-1]
     try:
         return _header(binary, document, name)
     except (KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError):
         raise invalid(f"the LUKS2 header of {name} makes no sense", "restore it from its backup") from None
+
+
+def costs(path: Path) -> list[Pbkdf]:
+    """The key derivations of all keyslots of the LUKS2 file or device `path`; none where it has no whole header.
+
+    Any layout will do, also one that `read` refuses.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        copies = _copies(fd)
+    finally:
+        os.close(fd)
+    try:
+        slots = copies[-1][2]["keyslots"].values() if copies else ()
+        return [pbkdf_of(slot["kdf"]) for slot in slots if slot["type"] == "luks2"]
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return []  # cryptsetup will say what is wrong with it
 
 
 def damaged(path: Path) -> list[str]:
@@ -90,6 +107,12 @@ def damaged(path: Path) -> list[str]:
     finally:
         os.close(fd)
     return [name for name, first in (("primary", True), ("secondary", False)) if first not in whole]
+
+
+def _copies(fd: int) -> list[tuple[int, tuple[Any, ...], Any]]:
+    """The copies of the header that are whole, the newest last."""
+    found = [copy for offset, magic in _places() if (copy := _copy(fd, offset, magic)) is not None]
+    return sorted(found, key=lambda copy: copy[0])
 
 
 def _places() -> list[tuple[int, bytes]]:

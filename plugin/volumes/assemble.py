@@ -47,8 +47,15 @@ def volume(record: Volume, image: BackingImage | None, keys: Keys, *, block: boo
         sector_size = source.sector_size if source else 512 if block else 4096
         # The image's cost of a key derivation is taken over, so that none need be measured.
         cost = source.pbkdf if source else None
-        with events.step("format_volume"):
-            header.create(record.path, parameters, key, sector_size=sector_size, owner=record.described, cost=cost)
+        header.create(
+            record.path,
+            parameters,
+            key,
+            sector_size=sector_size,
+            owner=record.described,
+            cost=cost,
+            step="format_volume",
+        )
         with events.step("unlock_volume"):
             mapping.open_with_key(device, own, key, record.described)
 
@@ -96,5 +103,4 @@ def _refused(volume_id: str, device: Path, found: str, sort: str, hint: str) -> 
 
 
 def _open(device: Path, name: str, parameters: SecretParameters, owner: str) -> None:
-    with events.step("unlock_volume"):
-        mapping.open_with_passphrase(device, name, parameters.passphrase, owner)
+    mapping.open_with_passphrase(device, name, parameters.passphrase, owner, step="unlock_volume")

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from plugin import events
 from plugin.errors import EbiError
 from plugin.host import dm, loop
 from plugin.images import BackingImage
@@ -40,8 +39,7 @@ def opened(image: BackingImage, passphrase: bytes, *, check: bool) -> Iterator[N
     owner = f"backing image {image.name}"
 
     def unlock(device: Path) -> None:
-        with events.step("unlock_image"):
-            mapping.open_with_passphrase(device, name, passphrase, owner, readonly=True)
+        mapping.open_with_passphrase(device, name, passphrase, owner, readonly=True, step="unlock_image")
 
     backing = FileBacking(image.disk, readonly=True)
     layer: Layer = (
@@ -54,8 +52,7 @@ def opened(image: BackingImage, passphrase: bytes, *, check: bool) -> Iterator[N
             digest = _digest(image.disk, passphrase) if image.encrypted else b""
             made = ensure(layer)
             if not made and check and image.encrypted and _opened_by.get(name) != digest:
-                with events.step("unlock_image"):
-                    header.test_passphrase(image.disk, passphrase, owner)
+                header.test_passphrase(image.disk, passphrase, owner, step="unlock_image")
             if made or check:
                 _opened_by[name] = digest
             yield

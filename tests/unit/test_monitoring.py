@@ -137,7 +137,7 @@ def test_asks_only_for_values_that_occur(name: str, exported: dict[str, dict[str
 def steps() -> set[str]:
     """The names of all steps in the driver's own words."""
     texts = (path.read_text() for path in (ROOT / "plugin").rglob("*.py"))
-    return {name for text in texts for name in re.findall(r'events\.step\("(\w+)"\)', text)}
+    return {name for text in texts for name in re.findall(r'(?:events\.step\(|\bstep=)"(\w+)"', text)}
 
 
 def test_every_metric_of_ours_is_on_the_dashboard(exported: dict[str, dict[str, set[str]]]) -> None:
