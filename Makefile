@@ -26,8 +26,8 @@ lint: setup ## ruff, mypy and import-linter alone
 format: setup ## let ruff format and repair what it can
 	@.venv/bin/ruff format . && .venv/bin/ruff check --fix .
 
-bench: setup ## measure; results go to .cache/results
-	@tests/vm/run --seconds 7200 $(PYTHON) -m tests.bench
+bench: setup ## measure, and write docs/benchmarks.md
+	@$(PYTHON) -m tests.bench
 
 soak: setup ## random calls on volumes for MINUTES=n
 	@tests/vm/run --seconds $$(($(MINUTES) * 60 + 600)) $(PYTHON) -m tests.soak $(MINUTES)

@@ -5,8 +5,6 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
-from tqdm import tqdm
-
 from plugin.images import Progress
 
 _LINE_EVERY = 10.0  # seconds between lines where there is no terminal
@@ -34,6 +32,8 @@ class Bar:
         """Show `progress`: bytes done of bytes in all."""
         if self._terminal:
             if self._bar is None:
+                from tqdm import tqdm  # a tenth of the start of every command otherwise
+
                 self._bar = tqdm(desc=self._name, unit="B", unit_scale=True, unit_divisor=1024, leave=False)
             self._bar.total = progress.total or None
             self._bar.set_postfix_str(progress.state, refresh=False)

@@ -1,21 +1,19 @@
-"""Device-mapper: changed through dmsetup(8), read from sysfs.
+"""Device-mapper: changed through dmsetup(8), read from sysfs, and from its control node.
 
 A mapper's truth is what the kernel says: its name, its UUID, the devices under it (`slaves`) and on it (`holders`).
 Tables go in by standard input. Units: a table counts sectors of 512 bytes, everything else here bytes.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from plugin.errors import EbiError, precondition, unavailable
-from plugin.host import udev
+from plugin.host import blockdev, dmcontrol, udev
 from plugin.host.run import CommandError, run
 
 SECTOR = 512
 _DEV = Path("/dev/mapper")
-_SYSFS = Path("/sys/block")
 _NUMBERS = Path("/sys/dev/block")
 # Marks the devices that we make ourselves; cryptsetup's have CRYPT-…
 UUID_PREFIX = "EBI-"
@@ -50,21 +48,23 @@ def path(name: str) -> Path:
 def find(name: str) -> Mapper | None:
     """The mapper `name`; None where the kernel has none."""
     try:
-        status = (_DEV / name).stat()
-        found = _read(_NUMBERS / f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}")
-    except FileNotFoundError:
-        found = None
-    if found is not None and found.name == name:
-        return found
-    # No node, or a stale one: the kernel knows.
-    return next((mapper for mapper in every() if mapper.name == name), None)
+        number = dmcontrol.number(name)
+    except PermissionError:  # who may not ask is told by the nodes
+        node = path(name)
+        number = blockdev.number(node) if node.exists() else None
+    found = _read(_NUMBERS / number) if number else None
+    return found if found is not None and found.name == name else None
 
 
 def every(prefix: str = "") -> Iterator[Mapper]:
     """All mappers whose names start with `prefix`."""
-    for directory in sorted(_SYSFS.glob("dm-*")):
-        mapper = _read(directory)
-        if mapper is not None and mapper.name.startswith(prefix):
+    try:
+        known = dmcontrol.names()
+    except PermissionError:
+        known = [node.name for node in _DEV.glob(f"{prefix}*") if node.is_block_device()]
+    for name in sorted(known):
+        mapper = find(name) if name.startswith(prefix) else None
+        if mapper is not None:
             yield mapper
 
 

@@ -1,7 +1,9 @@
-"""`python -m tests.bench images|longhorn`: measure. `report`: write docs/benchmarks.md from what was measured.
+"""`python -m tests.bench images|longhorn|node`: measure. `report`: write docs/benchmarks.md from what was measured.
+Without a command: all of it, each suite where it belongs, `images` right here and the others on a kernel that has
+device-mapper (tests/vm/run).
 
 EBI_BENCH_DIR (or EBI_TEST_DIR, or /var/tmp) takes the files, some five times the size in all, gone afterwards. Results
-go to EBI_RESULTS, or .cache/results. Exit status 1 when a target was missed.
+go to EBI_RESULTS, or .cache/results. Exit status 3 when a target was missed.
 """
 
 import argparse
@@ -11,13 +13,15 @@ import os
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.bench import images, longhorn, machine, report
+from tests.bench import disk, images, longhorn, machine, many, node, report, staging
 from tests.bench.ours import Store
 from tests.bench.result import MIB, Results
 from tests.bench.timing import Clock
@@ -26,6 +30,47 @@ ROOT = Path(__file__).parents[2]
 RESULTS = Path(os.environ.get("EBI_RESULTS", ROOT / ".cache/results"))
 # Parts of a suite are for looking at; the report is made of whole ones.
 _PART = "bench-part.json"
+_NODE = {"stage": staging.measure, "many": many.measure, "disk": disk.measure}
+_MISSED = 3
+
+
+@dataclass(frozen=True)
+class _Suite:
+    """One suite: what it measures, with its options (`size` in MiB; 0: it has none), and whether it needs devices."""
+
+    measure: Callable[[argparse.Namespace, Store, Results, Clock], None]
+    how: list[str]
+    size: int = 0
+    volumes: int = 0
+    # In a virtual machine nobody else is at work, and what its host does can't be seen from within.
+    patience: float = 0
+    devices: bool = True
+    parts: Mapping[str, object] = field(default_factory=dict)
+
+
+def _images(arguments: argparse.Namespace, store: Store, results: Results, clock: Clock) -> None:
+    suite = images.Suite(store, results, arguments.size * MIB, clock)
+    for name in arguments.only or images.SECTIONS:
+        images.SECTIONS[name](suite)
+        _save(results, _PART)
+
+
+def _longhorn(arguments: argparse.Namespace, store: Store, results: Results, clock: Clock) -> None:
+    longhorn.measure(longhorn.Suite(store, results, arguments.size * MIB, clock))
+
+
+def _node(arguments: argparse.Namespace, store: Store, results: Results, clock: Clock) -> None:
+    suite = node.Suite(store, results, clock, arguments.volumes)
+    for name in arguments.only or _NODE:
+        _NODE[name](suite)
+        _save(results, _PART)
+
+
+_SUITES = {
+    "images": _Suite(_images, images.HOW, size=2048, patience=120, devices=False, parts=images.SECTIONS),
+    "longhorn": _Suite(_longhorn, longhorn.HOW, size=256),
+    "node": _Suite(_node, node.HOW, volumes=100, parts=_NODE),
+}
 
 
 @contextmanager
@@ -39,28 +84,15 @@ def _work() -> Iterator[Path]:
         shutil.rmtree(directory)
 
 
-def _images(arguments: argparse.Namespace, work: Path, results: Results, clock: Clock) -> None:
-    suite = images.Suite(Store(work), results, arguments.size * MIB, clock)
-    for name in arguments.only or images.SECTIONS:
-        images.SECTIONS[name](suite)
-        _save(results, _PART)
-
-
-def _longhorn(arguments: argparse.Namespace, work: Path, results: Results, clock: Clock) -> None:
-    if not longhorn.possible():
-        sys.exit("tests.bench: this needs root, loop devices and device-mapper; run it through tests/vm/run")
-    longhorn.measure(longhorn.Suite(Store(work), results, arguments.size * MIB, clock))
-
-
-def _measured(arguments: argparse.Namespace) -> Results:
+def _measured(arguments: argparse.Namespace, suite: _Suite) -> Results:
     """Run a suite."""
     # As it is installed: with the bytecode beside the sources.
     compileall.compile_dir(ROOT / "plugin", quiet=1)
     clock = Clock(arguments.rounds, arguments.patience)
     with _work() as work:
-        results = Results(arguments.suite, machine.facts(work), arguments.how)
-        arguments.run(arguments, work, results, clock)
-    if clock.noise:
+        results = Results(arguments.suite, machine.facts(work), suite.how)
+        suite.measure(arguments, Store(work), results, clock)
+    if clock.noise and not suite.devices:
         results.remark(
             f"{len(clock.noise)} runs count; other processes took {100 * statistics.median(clock.noise):.0f} % of the"
             f" processor in the median one, {100 * max(clock.noise):.0f} % in the worst."
@@ -75,36 +107,67 @@ def _save(results: Results, name: str) -> None:
     (RESULTS / name).write_text(json.dumps(results.to_dict(), indent=1))
 
 
+def _one(arguments: argparse.Namespace) -> int:
+    """Measure one suite, or parts of it."""
+    suite = _SUITES[arguments.suite]
+    if suite.devices and not longhorn.possible():
+        sys.exit("tests.bench: this needs root, loop devices and device-mapper; run it through tests/vm/run")
+    results = _measured(arguments, suite)
+    _save(results, _PART if getattr(arguments, "only", None) else f"bench-{results.suite}.json")
+    missed = sum(row.met is False for row in results.rows)
+    print(f"{results.suite}: {sum(row.met is True for row in results.rows)} targets met, {missed} missed")
+    return _MISSED if missed else 0
+
+
+def _all(arguments: argparse.Namespace) -> int:
+    """Measure every suite where it belongs, and write the report."""
+    status = 0
+    for name, suite in _SUITES.items():
+        print(f"== {name}", flush=True)
+        (RESULTS / f"bench-{name}.json").unlink(missing_ok=True)  # an earlier run's
+        where: Sequence[str | Path] = [ROOT / "tests/vm/run", "--seconds", "3600"] if suite.devices else []
+        done = subprocess.run([*where, sys.executable, "-m", "tests.bench", name], cwd=ROOT, check=False).returncode
+        if done not in (0, _MISSED):
+            print(f"tests.bench: the suite {name} ended with {done}", file=sys.stderr)
+        status = max(status, done, key=lambda code: (code not in (0, _MISSED), code))
+    _report(arguments)
+    return status
+
+
+def _report(_: argparse.Namespace) -> int:
+    """Write the report."""
+    report.write(RESULTS, ROOT / "docs")
+    return 0
+
+
 def main() -> int:
     """Measure or report."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    suites = (("images", _images, 2048, images.HOW), ("longhorn", _longhorn, 256, longhorn.HOW))
-    for name, run, size, how in suites:
+    parser.set_defaults(run=_all)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    for name, suite in _SUITES.items():
         command = commands.add_parser(name)
-        command.add_argument("--size", type=int, default=size, metavar="MIB", help="default: %(default)s")
+        if suite.size:
+            command.add_argument("--size", type=int, default=suite.size, metavar="MIB", help="default: %(default)s")
+        if suite.volumes:
+            command.add_argument(
+                "--volumes", type=int, default=suite.volumes, help="how many are staged together (default: %(default)s)"
+            )
+        if suite.parts:
+            command.add_argument("--only", action="append", choices=suite.parts, help="these parts only")
         command.add_argument("--rounds", type=int, default=3, help="runs of each contender (default: %(default)s)")
         command.add_argument(
-            "--patience", type=float, default=30, metavar="SECONDS",
-            help="how long to wait before each run for the other processes to be quiet; 0: not, and no run again"
-            " because of them (default: %(default)s)",
+            "--patience", type=float, default=suite.patience, metavar="SECONDS",
+            help="how long, in all, to wait for other processes to be quiet, and to do again what they disturbed"
+            " (default: %(default)s)",
         )  # fmt: skip
-        if name == "images":
-            command.add_argument("--only", action="append", choices=images.SECTIONS, help="these sections only")
-        command.set_defaults(suite=name, run=run, how=how)
-    commands.add_parser("report").set_defaults(run=None)
+        command.set_defaults(run=_one, suite=name)
+    commands.add_parser("report").set_defaults(run=_report)
     arguments = parser.parse_args()
-    if arguments.run is None:
-        report.write(RESULTS, ROOT / "docs")
-        return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    results = _measured(arguments)
-    _save(results, _PART if getattr(arguments, "only", None) else f"bench-{results.suite}.json")
-    missed = sum(row.met is False for row in results.rows)
-    print(f"{results.suite}: {sum(row.met is True for row in results.rows)} targets met, {missed} missed")
-    return 1 if missed else 0
+    return int(arguments.run(arguments))
 
 
 if __name__ == "__main__":

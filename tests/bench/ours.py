@@ -11,6 +11,9 @@ NAMESPACE = "longhorn-system"
 PASSPHRASE = "measured and not guessed"
 # What a user sets who wants a derivation of a known cost; argon2i at what is cryptsetup's least time cost, 64 MiB.
 FORCED = {"CRYPTO_PBKDF_FORCE_ITERATIONS": "4", "CRYPTO_PBKDF_MEMORY": "65536"}
+# The least that cryptsetup takes: what is left is all but the derivation.
+LEAST = {"CRYPTO_PBKDF": "pbkdf2", "CRYPTO_PBKDF_FORCE_ITERATIONS": "1000"}
+_DERIVATIONS: dict[str, dict[str, str]] = {"default": {}, "forced": FORCED, "least": LEAST}
 _HEAD = {"apiVersion": "longhorn.io/v1beta2", "kind": "BackingImage"}
 
 
@@ -21,8 +24,7 @@ class Store:
         self.work, self.data = work, work / "ebi"
         self.data.mkdir(mode=0o700)
         self.secrets = {
-            name: self._write(f"secret-{name}", self._secret(f"key-{name}", more))
-            for name, more in (("default", {}), ("forced", FORCED))
+            name: self._write(f"secret-{name}", self._secret(f"key-{name}", secret(name))) for name in _DERIVATIONS
         }
 
     def command(self, *arguments: str | Path) -> list[str | Path]:
@@ -64,14 +66,18 @@ class Store:
         metadata = {"name": name, "namespace": NAMESPACE}
         return self._write(name, {**_HEAD, "metadata": metadata, "spec": {**spec, "sourceParameters": parameters}})
 
-    def _secret(self, name: str, more: dict[str, str]) -> dict[str, Any]:
-        data = {"CRYPTO_KEY_VALUE": PASSPHRASE, "CRYPTO_KEY_SIZE": "512", **more}
+    def _secret(self, name: str, data: dict[str, str]) -> dict[str, Any]:
         return {"kind": "Secret", "metadata": {"name": name, "namespace": NAMESPACE}, "stringData": data}
 
     def _write(self, name: str, document: dict[str, Any]) -> Path:
         path = self.work / f"{name}.yaml"
         path.write_text(json.dumps(document))  # JSON is YAML
         return path
+
+
+def secret(derivation: str) -> dict[str, str]:
+    """What the Secret of that key derivation holds."""
+    return {"CRYPTO_KEY_VALUE": PASSPHRASE, "CRYPTO_KEY_SIZE": "512", **_DERIVATIONS[derivation]}
 
 
 def run(command: Sequence[str | Path], *, stdin: bytes = b"") -> None:

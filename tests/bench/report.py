@@ -6,9 +6,11 @@ from pathlib import Path
 from tests.bench import plot
 from tests.bench.result import Results, table
 
+_KEPT = "benchmarks.json"
 _TITLES = {
     "images": "Images, file to file",
     "longhorn": "Against Longhorn's way",
+    "node": "Volumes on a node",
 }
 _HEAD = """\
 # Benchmarks
@@ -21,19 +23,32 @@ peer's, so less than 1 means that we are faster. Each row says what is asked of 
 
 def write(found: Path, docs: Path) -> None:
     """Take over the suites measured into `found`, and write everything below `docs` anew."""
-    kept = docs / "benchmarks.json"
-    suites = json.loads(kept.read_text()) if kept.exists() else {}
+    kept_in = docs / _KEPT
+    suites = json.loads(kept_in.read_text()) if kept_in.exists() else {}
     for name in _TITLES:
         measured = found / f"bench-{name}.json"
         if measured.exists():
             suites[name] = json.loads(measured.read_text())
-    kept.write_text(json.dumps(suites, indent=1, sort_keys=True) + "\n")
-    results = [Results.restored(suites[name]) for name in _TITLES if name in suites]
+    kept_in.write_text(json.dumps(suites, indent=1, sort_keys=True) + "\n")
+    results = kept(docs)
     (docs / "benchmarks.md").write_text(text(results))
-    (docs / "plots").mkdir(exist_ok=True)
-    for one in results:
-        for picture in one.plots:
-            (docs / "plots" / f"{picture.name}.svg").write_text(plot.svg(picture))
+    plots = docs / "plots"
+    plots.mkdir(exist_ok=True)
+    for path in plots.glob("*.svg"):
+        path.unlink()
+    for name, picture in pictures(results).items():
+        (plots / name).write_text(picture)
+
+
+def kept(docs: Path) -> list[Results]:
+    """The suites whose results are kept below `docs`, in the page's order."""
+    suites = json.loads((docs / _KEPT).read_text())
+    return [Results.restored(suites[name]) for name in _TITLES if name in suites]
+
+
+def pictures(results: list[Results]) -> dict[str, str]:
+    """The plots by the names of their files."""
+    return {f"{picture.name}.svg": plot.svg(picture) for one in results for picture in one.plots}
 
 
 def text(results: list[Results]) -> str:

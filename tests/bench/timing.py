@@ -16,7 +16,7 @@ _MORE = 2  # rounds at most beyond those asked for
 _AGAIN = 4  # times that a disturbed run is done again
 _DISTURBED = 0.15  # of all cores, taken by others; the kernel's own threads, which write for us, stay below
 _QUIET = 0.1
-_LOOK = 0.5  # seconds
+_LOOK = 0.2  # seconds
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -31,7 +31,8 @@ class Contender:
 
 @dataclass
 class Clock:
-    """Times contenders. Before each run it waits up to `patience` seconds for the others on the machine to be quiet.
+    """Times contenders. It has `patience`, in seconds for all runs together, to wait for the others on the machine to
+    be quiet and to do disturbed runs again; it uses it up.
 
     `noise` keeps, for each run that counts, the share of all cores that others took meanwhile.
     """
@@ -63,7 +64,7 @@ class Clock:
     ) -> float:
         """Seconds of one run that nobody disturbed, or of the least disturbed of several."""
         tries: list[tuple[float, float]] = []
-        for _ in range(1 + _AGAIN if self.patience else 1):
+        for _ in range(1 + _AGAIN):
             self._settle(cold)
             busy, ours, start = _busy(), _ours(), time.perf_counter()
             run()
@@ -71,7 +72,8 @@ class Clock:
             others = max(0.0, _busy() - busy - (_ours() - ours)) / (os.cpu_count() or 1) / seconds
             clean()
             tries.append((others, seconds))
-            if others <= _DISTURBED:
+            self.patience -= seconds if len(tries) > 1 else 0
+            if others <= _DISTURBED or self.patience <= 0:
                 break
         noise, seconds = min(tries)
         self.noise.append(noise)
@@ -79,12 +81,12 @@ class Clock:
 
     def _settle(self, cold: Iterable[Path]) -> None:
         os.sync()  # nobody shall pay for what others have left
-        deadline = time.monotonic() + self.patience
-        while time.monotonic() < deadline:
+        while self.patience > 0:
             busy = _busy()
             time.sleep(_LOOK)
             if (_busy() - busy) / (os.cpu_count() or 1) / _LOOK <= _QUIET:
                 break
+            self.patience -= _LOOK
         for path in cold:
             forget(path)
 

@@ -28,7 +28,7 @@ class Node:
         self.socket = work / "csi.sock"
         self.log = work / "server.log"
         self.staging = work / "kubelet" / "staging"
-        self.metrics_port = 0
+        self.metrics_port = self.pid = 0
         self.options: list[str] = []
 
     def ebi(self, *arguments: str | Path, fails: bool = False) -> subprocess.CompletedProcess[str]:
@@ -54,6 +54,7 @@ class Node:
         command += ["--endpoint", f"unix://{self.socket}", "--metrics-address", f"127.0.0.1:{self.metrics_port}"]
         with self.log.open("ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log)
+        self.pid = process.pid
         # gRPC would wait ever longer between its attempts, and a slow machine starts slowly.
         channel = grpc.insecure_channel(f"unix://{self.socket}", options=[("grpc.max_reconnect_backoff_ms", 1000)])
         try:

@@ -10,7 +10,7 @@ import pytest
 
 from plugin import events
 from plugin.errors import EbiError, Kind
-from plugin.host import blockdev, dm, loop, mounts, udev
+from plugin.host import blockdev, dm, dmcontrol, loop, mounts, udev
 
 MIB = 1 << 20
 
@@ -89,6 +89,20 @@ class TestMapper:
     def test_absent_is_removed_already(self) -> None:
         dm.remove("ebi-vol-absent")
         assert dm.find("ebi-vol-absent") is None
+
+    def test_every_one_is_listed_though_the_kernel_has_to_be_asked_twice(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(dmcontrol, "_LEAST", 400)
+        names = [f"ebi-vol-test{number}" for number in range(4)]
+        for name in names:
+            dm.create(name, "0 8 zero")
+        assert [mapper.name for mapper in dm.every("ebi-vol-test")] == names
+        assert dm.find("ebi-vol-test") is None
+        for name in names:
+            found = dm.find(name)
+            assert found is not None
+            assert found.number == blockdev.number(found.path)
+            dm.remove(name)
+        assert not list(dm.every("ebi-vol-test"))
 
     def test_that_vanishes_by_another_hand_is_told_as_lost(self, home: Path) -> None:
         heard: list[events.DeviceEvent] = []

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.bench import plot
+from tests.bench import plot, report
 from tests.bench.result import MIB, Plot, Results, Row, Values
 from tests.bench.timing import Clock, Contender
 from tests.bench.watch import watched
@@ -68,3 +68,30 @@ def test_a_picture_holds_every_point(logarithmic: str) -> None:
     assert len(circles) == 4
     assert all(0 < float(circle.attrib["cx"]) < 720 and 0 < float(circle.attrib["cy"]) < 420 for circle in circles)
     assert "ours & theirs" in [text.text for text in root.findall(".//{*}text")]
+
+
+@pytest.mark.skipif(not (ROOT / "docs/benchmarks.json").exists(), reason="make bench has not been run yet")
+def test_the_page_of_benchmarks_is_what_their_results_make() -> None:
+    pictures = report.pictures(report.kept(ROOT / "docs"))
+    assert (ROOT / "docs/benchmarks.md").read_text() == report.text(report.kept(ROOT / "docs"))
+    assert {path.name: path.read_text() for path in (ROOT / "docs/plots").iterdir()} == pictures
+
+
+def test_a_suite_measured_again_takes_the_place_of_its_old_figures(tmp_path: Path) -> None:
+    found, docs = tmp_path / "results", tmp_path / "docs"
+    found.mkdir()
+    docs.mkdir()
+    for suites in (("images", "longhorn"), ("longhorn",)):
+        for suite in suites:
+            row = Row(f"{suite} of {len(suites)}", "s", Values((1.0,)))
+            lines = Plot(f"{suite}{len(suites)}", "Title", "x", "y", {"ours": [(1.0, 2.0), (2.0, 3.0)]})
+            one = Results(suite, {"cores": "2"}, ["how"], [row], [lines])
+            (found / f"bench-{suite}.json").write_text(json.dumps(one.to_dict()))
+        report.write(found, docs)
+        for path in found.iterdir():
+            path.unlink()
+    page = (docs / "benchmarks.md").read_text()
+    assert "images of 2" in page
+    assert "longhorn of 1" in page
+    assert "longhorn of 2" not in page
+    assert {path.name for path in (docs / "plots").iterdir()} == {"images2.svg", "longhorn1.svg"}
