@@ -41,8 +41,10 @@ class Clock:
     patience: float
     noise: list[float] = field(default_factory=list)
 
-    def compare(self, contenders: Sequence[Contender], *, cold: Iterable[Path] = ()) -> dict[str, Values]:
-        """Seconds of each contender, by name: as many as `rounds`, two more where they differ much.
+    def compare(
+        self, contenders: Sequence[Contender], *, cold: Iterable[Path] = (), more: int = _MORE
+    ) -> dict[str, Values]:
+        """Seconds of each contender, by name: as many as `rounds`, up to `more` where they differ much.
 
         The page cache is warm: a first run, not counted, fills it. The files `cold` are thrown out of it before each
         run.
@@ -52,7 +54,7 @@ class Clock:
         if not cold:
             contenders[0].run()
             contenders[0].clean()
-        for number in range(self.rounds + _MORE):
+        for number in range(self.rounds + more):
             if number >= self.rounds and all(Values(tuple(found)).spread <= _NOISY for found in seconds.values()):
                 break
             for contender in contenders:
