@@ -30,6 +30,7 @@ class Settings:
     workers: int = _setting(0, "worker processes that encrypt and copy; 0: one a core, and one more")
     allow_loopback: bool = _setting(True, "let a download's URL name a loopback host")
     download_retries: int = _setting(5, "how often a download that fails is tried again before it has failed")
+    download_retry_seconds: float = _setting(0.5, "how long to wait before that, in seconds; each time twice as long")
     download_idle_seconds: float = _setting(60.0, "how long a download may stand still, in seconds")
     allow_files: bool = _setting(True, "let a download's URL be a file:// of this machine")
     device_template: str = _setting(

@@ -23,7 +23,15 @@ def add(commands: Any) -> None:
         " Applying the same again changes nothing.",
     )
     command.add_argument("-f", "--file", action="append", required=True, dest="files", help="a YAML file; - for stdin")
-    Settings.add_arguments(command, "workers", "allow_loopback", "allow_files")
+    Settings.add_arguments(
+        command,
+        "workers",
+        "allow_loopback",
+        "allow_files",
+        "download_retries",
+        "download_retry_seconds",
+        "download_idle_seconds",
+    )
     command.set_defaults(run=run)
 
 

@@ -1,8 +1,5 @@
 """`ebi image`: what can be done with one backing image beyond applying and deleting it."""
 
-import os
-import stat
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,8 +29,8 @@ def add(commands: Any) -> None:
     rekey.add_argument("--keep-old", action="store_true", help="let the old passphrase open it too, for its volumes")
 
     upload = _action(actions, "upload", _upload, "make a backing image from a file or from standard input")
-    upload.add_argument("file", metavar="FILE", help="raw, qcow2 or LUKS2; - for standard input")
-    upload.add_argument("--checksum", default="", help="the SHA-512 that it must have, 128 hex digits")
+    upload.add_argument("file", metavar="FILE", help="raw, qcow2 or LUKS2, or such in .gz, .xz, .zst; - for stdin")
+    upload.add_argument("--checksum", default="", help="the SHA-512 that FILE must have, 128 hex digits")
 
     export_ = _action(actions, "export", _export, "write a backing image to a file")
     export_.add_argument("file", type=Path, metavar="FILE", help="made; nothing is overwritten")
@@ -83,10 +80,9 @@ def _upload(arguments: Namespace, _: Settings, images: Images) -> None:
         "spec": {"sourceType": "upload", "checksum": arguments.checksum},
     }
     try:
-        with sys.stdin.buffer if arguments.file == "-" else Path(arguments.file).open("rb") as file:
-            status = os.fstat(file.fileno())
-            size = status.st_size if stat.S_ISREG(status.st_mode) else None
-            found = http.Download(size, iter(lambda: file.read(http.PIECE), b""))
+        name = 0 if arguments.file == "-" else arguments.file
+        with open(name, "rb", buffering=0, closefd=name != 0) as file:
+            found = http.from_file(file)
             with Bar(arguments.name) as bar:
                 image = images.upload(document, found, bar)
     except OSError as error:

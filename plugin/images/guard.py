@@ -24,8 +24,10 @@ def pool(connect_seconds: float, settings: Settings) -> urllib3.PoolManager:
     return manager
 
 
-def is_this_machine(address: str) -> bool:
-    """Whether `address`, of IPv4 or IPv6, leads to this host: loopback, unspecified, link-local."""
+def is_this_machine(address: str, own: str = "") -> bool:
+    """Whether `address`, of IPv4 or IPv6, leads to this host: loopback, unspecified, link-local, or its `own`."""
+    if address == own:
+        return True
     found = ipaddress.ip_address(address.partition("%")[0])
     found = getattr(found, "ipv4_mapped", None) or found
     return found.is_loopback or found.is_unspecified or found.is_link_local
@@ -61,7 +63,8 @@ def _check_name(host: str) -> None:
 
 
 def _checked(connection: socket.socket, host: str) -> socket.socket:
-    if is_this_machine(str(connection.getpeername()[0])):
+    # The kernel talks to an address of this machine's own from that same address.
+    if is_this_machine(str(connection.getpeername()[0]), str(connection.getsockname()[0])):
         connection.close()
         raise _refused(host)
     return connection

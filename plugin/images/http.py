@@ -7,10 +7,13 @@ still has the same version of the file. A message tells a URL without its user, 
 import logging
 import random
 import re
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from io import RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
@@ -20,46 +23,40 @@ from plugin.settings import Settings
 
 if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse, PoolManager
+    from urllib3._collections import HTTPHeaderDict
 
 log = logging.getLogger(__name__)
 
 PIECE = 1 << 20
 _REDIRECTS = 10
 _CONNECT_SECONDS = 10.0
-_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds
+_LONGEST_WAIT = 30.0  # seconds
 _STEP = 1 << 20  # bytes; who brings so much more before it breaks has not failed
 _LATER = (408, 425, 429, 500, 502, 503, 504)
 _RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18}|\*)")
-
-
-@dataclass(frozen=True)
-class Part:
-    """What there is of a file: `length` bytes of the version that `validator`, an ETag or a date, names."""
-
-    length: int
-    validator: str
 
 
 @dataclass
 class Download:
     """A file under way: its `size` in bytes (None: not told), and its content in pieces of 1 MiB, the last shorter.
 
-    The first piece is byte `start` of it. An empty piece says that the file has changed, or can't be had in parts: all
-    before is void, and the next piece is the first one. `validator` is empty where the server names no version.
+    An empty piece says that the file has changed, or can't be had in parts: all before is void, and the next piece is
+    the first one. `allocated` is what the file takes of a disk where it lies, None where that can't be told.
+    Another thread may take the pieces; `stop` ends its waiting.
     """
 
     size: int | None
     pieces: Iterator[bytes]
-    start: int = 0
-    validator: str = ""
+    allocated: int | None = None
+    stop: Callable[[], None] = lambda: None
 
 
 @contextmanager
-def download(url: str, settings: Settings, part: Part | None = None) -> Iterator[Download]:
-    """Open `url`, following redirects; where `part` is still the start of the file, what follows it.
+def download(url: str, settings: Settings) -> Iterator[Download]:
+    """The file at `url`; its size is known with the first piece.
 
-    Raises INVALID for a URL that may not be read, NOT_FOUND, and UNAVAILABLE where the server or the way to it fails
-    more than `download_retries` times in a row.
+    Taking the pieces raises INVALID for a URL that may not be read, NOT_FOUND, and UNAVAILABLE where the server or the
+    way to it fails more than `download_retries` times in a row.
     """
     if urlsplit(url).scheme == "file":
         with _local(url, settings) as found:
@@ -68,28 +65,51 @@ def download(url: str, settings: Settings, part: Part | None = None) -> Iterator
     from plugin.images import guard  # noqa: PLC0415 - slow to import, and most runs download nothing
 
     with guard.pool(_CONNECT_SECONDS, settings) as pool:
-        transfer = _Transfer(pool, url, settings, part)
+        transfer = _Transfer(pool, url, settings)
         try:
-            yield transfer.begun()
+            yield transfer.download
         finally:
+            transfer.stop()
             transfer.close()
+
+
+def from_file(file: RawIOBase) -> Download:
+    """What the open, unbuffered `file` holds, or brings where it is a pipe."""
+    status = Path(f"/proc/self/fd/{file.fileno()}").stat()
+    if not stat.S_ISREG(status.st_mode):
+        return Download(None, _read_all(file))
+    return Download(status.st_size, _read_all(file), status.st_blocks * 512)
+
+
+def _read_all(file: RawIOBase) -> Iterator[bytes]:
+    buffer = bytearray()
+    while part := file.read(PIECE - len(buffer)):
+        buffer += part
+        if len(buffer) == PIECE:
+            yield bytes(buffer)
+            buffer.clear()
+    if buffer:
+        yield bytes(buffer)
 
 
 class _Transfer:
     """One file, over as many connections as it takes; `_at` counts the bytes that have come, in order."""
 
-    def __init__(self, pool: "PoolManager", url: str, settings: Settings, part: Part | None) -> None:
+    def __init__(self, pool: "PoolManager", url: str, settings: Settings) -> None:
         self._pool, self._url, self._settings = pool, url, settings
-        self._at, self._validator = (part.length, part.validator) if part else (0, "")
+        self._at, self._validator = 0, ""
         self._size: int | None = None
-        self._furthest, self._failures = self._at, 0
+        self._furthest = self._failures = 0
         self._response: BaseHTTPResponse | None = None
-        self._download = Download(None, self._pieces())
+        self._stopped = threading.Event()
+        self.download = Download(None, self._pieces(), stop=self.stop)
 
-    def begun(self) -> Download:
-        self._connect()
-        self._download.start = self._at
-        return self._download
+    def stop(self) -> None:
+        """End it, whatever it waits for; from any thread."""
+        self._stopped.set()
+        if self._response is not None:
+            with suppress(OSError, ValueError, RuntimeError):  # where it has no socket any more
+                self._response.shutdown()
 
     def close(self) -> None:
         if self._response is not None:
@@ -97,21 +117,23 @@ class _Transfer:
             self._response = None
 
     def _pieces(self) -> Iterator[bytes]:
-        buffer = bytearray()
+        buffer, came = bytearray(), 0
+        self._connect()
         while True:
             try:
                 while part := self._read(PIECE - len(buffer)):
                     buffer += part
+                    came += len(part)
                     if len(buffer) == PIECE:
                         yield bytes(buffer)
                         buffer.clear()
                 break
             except _Broken as broken:
-                before = self._at
                 self._pause(broken.error)
                 self._connect()
-                if self._at < before:
+                if self._at != came:  # it begins again
                     buffer.clear()
+                    came = 0
                     yield b""
         if buffer:
             yield bytes(buffer)
@@ -125,20 +147,26 @@ class _Transfer:
             data = self._response.read1(most, decode_content=False)
         except (HTTPError, OSError) as error:
             raise _Broken(self._failed(error)) from error
+        size, where = self._size, f"the download of {shown(self._url)}"
+        if size is not None and not data and self._at < size:
+            raise _Broken(unavailable(f"{where} broke off after {self._at} of {size} bytes", "try again later"))
+        if size is not None and self._at + len(data) > size:
+            self._at, self._validator = 0, ""  # of what came nothing can be trusted
+            raise _Broken(unavailable(f"{where} brought more than its {size} bytes", "is the server in order?"))
         self._at += len(data)
-        if self._size is None or (data and self._at <= self._size) or self._at == self._size:
-            return data
-        where = f"broke off after {self._at} of" if self._at < self._size else f"brought {self._at} bytes instead of"
-        raise _Broken(unavailable(f"the download of {shown(self._url)} {where} {self._size} bytes", "try again later"))
+        return data
 
     def _connect(self) -> None:
         """Have a response that goes on at `_at`, or that begins again, `_at` being 0 then."""
         while True:
             try:
                 self._answered(self._requested())
-                return
+                break
             except _Broken as broken:
                 self._pause(broken.error, broken.wait)
+        if self._stopped.is_set():
+            self.close()
+            raise unavailable(f"the download of {shown(self._url)} was stopped")
 
     def _requested(self) -> "BaseHTTPResponse":
         """The server's answer, all redirects followed."""
@@ -183,20 +211,15 @@ class _Transfer:
             response.close()
             raise self._refused(response.status, headers.get("Retry-After", ""))
         self._response, self._at = response, 0
-        tag, date = headers.get("ETag", ""), headers.get("Last-Modified", "")
-        self._validator = tag if tag.startswith('"') else date  # RFC 9110, 13.1.5: no weak tag in If-Range
+        self._validator = _version(headers)
         length = "" if "Transfer-Encoding" in headers else headers.get("Content-Length", "")
         self._known(int(length) if length.isdecimal() and len(length) < 19 else None)
 
     def _goes_on(self, response: "BaseHTTPResponse") -> bool:
         """Whether the partial content `response` is what was asked for."""
         found = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
-        tag = response.headers.get("ETag", "")
-        if (
-            not found
-            or int(found[1]) != self._at
-            or (self._validator.startswith('"') and tag not in ("", self._validator))
-        ):
+        version = response.headers.get("ETag" if self._validator.startswith('"') else "Last-Modified", "")
+        if not found or int(found[1]) != self._at or version not in ("", self._validator):
             return False
         size = None if found[2] == "*" else int(found[2])
         if self._size is not None and size is not None and size != self._size:
@@ -205,8 +228,7 @@ class _Transfer:
         return True
 
     def _known(self, size: int | None) -> None:
-        self._size = self._download.size = size
-        self._download.validator = self._validator
+        self._size = self.download.size = size
 
     def _refused(self, status: int, wait: str) -> Exception:
         text = f"the server answered {status} for {shown(self._url)}"
@@ -227,9 +249,11 @@ class _Transfer:
         self._failures += 1
         if self._failures > self._settings.download_retries:
             raise error
-        wait = min(_FIRST_WAIT * 2 ** (self._failures - 1), _LONGEST_WAIT) * random.uniform(0.5, 1)  # noqa: S311
-        log.warning("%s; trying again in %.1f s", error.message, max(wait, least))
-        time.sleep(max(wait, least))
+        wait = min(self._settings.download_retry_seconds * 2 ** (self._failures - 1), _LONGEST_WAIT)
+        wait = max(wait * random.uniform(0.5, 1), least)  # noqa: S311
+        log.warning("%s; trying again in %.1f s", error.message, wait)
+        if self._stopped.wait(wait):
+            raise error
 
     def _failed(self, error: Exception) -> EbiError:
         return unavailable(f"the download of {shown(self._url)} failed: {_words(error)}", "try again later")
@@ -240,6 +264,20 @@ class _Broken(Exception):
 
     def __init__(self, error: EbiError, wait: float = 0.0) -> None:
         self.error, self.wait = error, wait
+
+
+def _version(headers: "HTTPHeaderDict") -> str:
+    """What names this very version of the file; empty where nothing does (RFC 9110, 8.8.1 and 13.1.5).
+
+    No weak tag, and no date so close to the answer's own that the file may have changed again within that second.
+    """
+    tag, modified, date = (headers.get(name, "") for name in ("ETag", "Last-Modified", "Date"))
+    if tag.startswith('"'):
+        return tag
+    try:
+        return modified if parsedate_to_datetime(date) > parsedate_to_datetime(modified) else ""
+    except (ValueError, TypeError):
+        return ""
 
 
 def shown(url: str) -> str:
@@ -272,7 +310,7 @@ def _local(url: str, settings: Settings) -> Iterator[Download]:
         raise not_found(f"there is no file {parts.netloc}{path}", "give it as file:///absolute/path")
     try:
         with path.open("rb", buffering=0) as file:
-            yield Download(path.stat().st_size, iter(lambda: file.read(PIECE), b""))
+            yield from_file(file)
     except PermissionError as error:
         raise invalid(f"cannot read {path}: {error.strerror}", "who may read it?") from error
 

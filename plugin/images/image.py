@@ -13,6 +13,7 @@ from plugin.host.files import Extent
 from plugin.images import extents, formats
 from plugin.images.formats import Format
 from plugin.images.manifest import API_VERSION, KIND, Manifest, Spec
+from plugin.images.packed import Packing
 
 
 class State(StrEnum):
@@ -47,7 +48,10 @@ class Event:
 
 @dataclass(frozen=True)
 class Status:
-    """How far an image is; `progress` in percent, `virtual_size` the bytes of the plain disk, `since` RFC 3339."""
+    """How far an image is; `progress` in percent, `virtual_size` the bytes of the plain disk, `since` RFC 3339.
+
+    `checksum` is the SHA-512 of its own file; one that came packed (`packing`) has another one than the manifest tells.
+    """
 
     state: State = State.PENDING
     progress: int = 0
@@ -58,6 +62,7 @@ class Status:
     format: Format = Format.RAW
     since: str = ""
     events: tuple[Event, ...] = ()
+    packing: Packing = Packing.NONE
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,7 @@ class BackingImage:
                 "encrypted": status.encrypted,
                 "format": str(status.format),
                 "lastStateTransitionTime": status.since,
+                "packing": str(status.packing),
                 "events": [event.to_dict() for event in status.events],
             },
         }
@@ -202,6 +208,7 @@ class BackingImage:
                 Format(status["format"]),
                 status["lastStateTransitionTime"],
                 tuple(Event(**event) for event in status.get("events", [])),
+                Packing(status.get("packing", "")),
             ),
             directory=directory,
         )

@@ -5,10 +5,9 @@ None needs root, a loop device or device-mapper, and none makes a temporary file
 
 import errno
 import fcntl
-import hashlib
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,9 +18,11 @@ from plugin.images import engine, extents, formats, http, space, sums
 from plugin.images.disk import CipherSpec, Disk, Source
 from plugin.images.formats import Format
 from plugin.images.image import BackingImage
+from plugin.images.packed import Packing
 from plugin.images.progress import Reporter
+from plugin.images.receive import receive
 from plugin.images.sums import Sum
-from plugin.images.target import Places, Target, TargetSpec, open_direct
+from plugin.images.target import Places, TargetSpec, open_direct
 from plugin.luks import header
 from plugin.luks.parameters import SecretParameters
 from plugin.luks.sectors import HEAD, sector_size
@@ -35,7 +36,8 @@ class Made:
     """What came of an operation: the file's format, the plain disk's size in bytes, and what is known besides.
 
     `checksum` is the SHA-512 of the file, empty if it was not asked for; `runs` is the extent map of an encrypted disk;
-    `sums` are of the bytes of the file, without the header of an encrypted one, which may change.
+    `sums` are of the bytes of the file, without the header of an encrypted one, which may change; `packing` is that of
+    the file that it came in.
     """
 
     format: Format
@@ -43,6 +45,7 @@ class Made:
     checksum: str = ""
     runs: list[Extent] | None = None
     sums: list[Sum] = field(default_factory=list)
+    packing: Packing = Packing.NONE
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,10 @@ Operation = Callable[[Work], Made]
 
 
 def download(url: str, checksum: str) -> Operation:
-    """The file at `url`, kept as it is; `checksum` is the SHA-512 that it must have, empty if that is not known."""
+    """The file at `url`, kept as it is, or what is packed in it.
+
+    `checksum` is the SHA-512 that it must have as it comes, empty if that is not known.
+    """
 
     def run(work: Work) -> Made:
         with http.download(url, work.settings) as found:
@@ -186,49 +192,24 @@ def copy_disk(
 
 def _kept(found: http.Download, checksum: str, work: Work) -> Made:
     with created(work.path) as fd:
-        work.report.expect(found.size or 0)
-        space.claim(work.path, fd, found.size or 0, work.owner)
-        digest, written = _received(found.pieces, fd, work.report, hashed=bool(checksum))
+        got = receive(found, work.path, fd, work.owner, work.report, hashed=bool(checksum))
         os.fsync(fd)
-    if digest != checksum:
+    if got.digest != checksum:
         raise invalid(
-            f"the checksum of {work.owner} is {digest}, and {checksum} was expected",
+            f"the checksum of {work.owner} is {got.digest}, and {checksum} was expected",
             "is it another version of the file, or was it changed on the way?",
         )
+    # That of a packed file is not that of what was in it.
+    digest, written = ("" if got.packing else got.digest), got.sums
     form = formats.detect(work.path)
     with formats.opened(work.path, form) as source:
         # Every number in a foreign file's tables is checked once, here, before anyone relies on it.
         runs = list(extents.normalised(source.extents(), source.size)) if form is not Format.RAW else None
         if form is not Format.LUKS:
-            return Made(form, source.size, digest, sums=written)
+            return Made(form, source.size, digest, sums=written, packing=got.packing)
         payload = header.read(work.path).payload_offset
-        return Made(form, source.size, digest, runs, [item for item in written if item.start >= payload])
-
-
-def _received(pieces: Iterator[bytes], fd: int, report: Reporter, *, hashed: bool) -> tuple[str, list[Sum]]:
-    """Write `pieces` with zeros as holes; returns their SHA-512, computed beside if `hashed`, and their checksums.
-
-    An empty piece says that all before it is void (see `http.Download`).
-    """
-    target, digest, at = Target(TargetSpec(fd, -1, 0, None, sparse=True)), hashlib.sha512(), 0
-    written: list[Sum] = []
-    with ThreadPoolExecutor(1) as hasher:
-        hashing: Future[None] | None = None
-        for piece in pieces:
-            if hashing:
-                hashing.result()  # one piece at a time: memory stays bounded
-            if not piece:
-                os.ftruncate(fd, 0)
-                digest, at, written, hashing = hashlib.sha512(), 0, [], None
-                report.advance(-report.done)
-                continue
-            if hashed:
-                hashing = hasher.submit(digest.update, piece)
-            written += target.write(memoryview(piece), at)
-            at += len(piece)
-            report.advance(len(piece))
-    os.ftruncate(fd, at)
-    return digest.hexdigest() if hashed else "", written
+        written = [item for item in written if item.start >= payload]
+        return Made(form, source.size, digest, runs, written, got.packing)
 
 
 def data_runs(source: Source, *, sparse: bool) -> list[Extent]:

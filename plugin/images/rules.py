@@ -19,7 +19,9 @@ def resolved(manifest: Manifest, find: Callable[[str], BackingImage | None]) -> 
         return manifest
     source = _source(manifest, find)
     if spec.encryption == "ignore":
-        found = (source.spec.checksum, source.spec.secret, source.spec.secret_namespace)
+        # The manifest's checksum is that of a file as it came, which for a packed one is not that of the image's.
+        checksum = "" if source.status.packing else source.spec.checksum
+        found = (checksum, source.spec.secret, source.spec.secret_namespace)
     elif spec.encryption == "encrypt":
         if source.encrypted:
             raise _already(manifest, "re-encrypt", "encrypted", source)

@@ -255,6 +255,7 @@ class Images:
             checksum=made.checksum,
             encrypted=made.format is Format.LUKS,
             format=made.format,
+            packing=made.packing,
         )
 
     def _unpack(self, image: BackingImage) -> None:

@@ -81,7 +81,7 @@ class Store:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return Store(tmp_path, Images(tmp_path / "data" / "images", Settings(workers=2)))
+    return Store(tmp_path, Images(tmp_path / "data" / "images", Settings(workers=2, download_retry_seconds=0.001)))
 
 
 @pytest.fixture
