@@ -87,9 +87,10 @@ def serving(volumes: Volumes, images: Images, settings: Settings) -> Iterator[Ca
     try:
         images.recover()
         volumes.recover()
-        ready.set()
-        log.info("serving %s at %s", settings.driver_name, path)
-        yield calls
+        with volumes.watching():
+            ready.set()
+            log.info("serving %s at %s", settings.driver_name, path)
+            yield calls
     finally:
         server.stop(settings.grace_seconds).wait()
         path.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 from plugin import logs
-from plugin.cli import apply, delete, get, image, serve, volume
+from plugin.cli import apply, delete, doctor, get, image, serve, volume
 from plugin.errors import EbiError
 from plugin.settings import Settings
 
@@ -30,7 +30,7 @@ def parser() -> ArgumentParser:
     )
     Settings.add_arguments(top, "data_dir", "log_level", "log_format")
     commands = top.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    for module in (apply, get, delete, image, serve, volume):
+    for module in (apply, get, delete, image, doctor, serve, volume):
         module.add(commands)
     return top
 

@@ -1,7 +1,7 @@
 """Manifests as they come in files: YAML documents, sorted by kind."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from plugin.errors import invalid
+from plugin.images import DocumentSecrets
 
 Document = dict[str, Any]
 
@@ -43,6 +44,16 @@ def name_of(document: Document) -> str:
     """The object's `metadata.name`, or a placeholder that says that it is missing."""
     metadata = document.get("metadata")
     return str(metadata.get("name", "(no name)")) if isinstance(metadata, dict) else "(no name)"
+
+
+def secret(file: str) -> tuple[tuple[str, str], Mapping[str, bytes]]:
+    """(namespace, name) and data of the one Secret in `file`. Raises INVALID."""
+    found = load([file]).secrets
+    if len(found) != 1:
+        raise invalid(f"{file} holds {len(found)} Secret documents", "give a file with one")
+    name, metadata = name_of(found[0]), found[0].get("metadata")
+    namespace = str((metadata or {}).get("namespace") or "default")
+    return (namespace, name), DocumentSecrets(found).get(name, namespace)
 
 
 def _parse(file: str) -> list[Document]:

@@ -1,7 +1,7 @@
 """`ebi image`: what can be done with one backing image beyond applying and deleting it."""
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from plugin.cli import documents, output
 from plugin.cli.progress import Bar
 from plugin.errors import invalid
 from plugin.host.files import private_directory
-from plugin.images import DocumentSecrets, Images, export, headers, http, integrity, manifest
+from plugin.images import Images, export, headers, http, integrity, manifest
 from plugin.images.formats import Format
 from plugin.settings import Settings
 from plugin.volumes import Volumes
@@ -65,8 +65,8 @@ def _action(actions: Any, name: str, run: _Action, text: str) -> Any:
 
 def _rekey(arguments: Namespace, settings: Settings, images: Images) -> None:
     volumes = Volumes(settings.data_dir / "volumes", images, settings)
-    _, old = _secret(arguments.old)
-    secret, new = _secret(arguments.new)
+    _, old = documents.secret(arguments.old)
+    secret, new = documents.secret(arguments.new)
     users = volumes.using(arguments.name)
     headers.rekey(images, arguments.name, old, new, secret, keep_old=arguments.keep_old, users=users)
     print(f"backingimage/{arguments.name} rekeyed")
@@ -91,7 +91,7 @@ def _upload(arguments: Namespace, _: Settings, images: Images) -> None:
 
 
 def _export(arguments: Namespace, settings: Settings, images: Images) -> None:
-    secret = _secret(arguments.secret)[1] if arguments.secret else None
+    secret = documents.secret(arguments.secret)[1] if arguments.secret else None
     with Bar(arguments.name) as bar:
         made = export.export(
             images,
@@ -135,13 +135,3 @@ def _show(arguments: Namespace, _: Settings, images: Images) -> None:
     )
     print()
     output.table(_KEYSLOT_TITLES, [[str(value) for value in slot.values()] for slot in facts["keyslots"]])
-
-
-def _secret(file: str) -> tuple[tuple[str, str], Mapping[str, bytes]]:
-    """(namespace, name) and data of the one Secret in `file`."""
-    found = documents.load([file]).secrets
-    if len(found) != 1:
-        raise invalid(f"{file} holds {len(found)} Secret documents", "give a file with one")
-    name, metadata = documents.name_of(found[0]), found[0].get("metadata")
-    namespace = str((metadata or {}).get("namespace") or "default")
-    return (namespace, name), DocumentSecrets(found).get(name, namespace)

@@ -9,9 +9,11 @@ from plugin import volumes
 from plugin.cli import documents
 from plugin.errors import EbiError, Kind, invalid
 from plugin.host import sizes
-from plugin.images import DocumentSecrets
+from plugin.host.files import private_directory
+from plugin.images import Images
 from plugin.settings import Settings
 
+_REKEY = "change the passphrase of an encrypted volume, staged or not; works on the data directory"
 _FSTYPE = "csi.storage.k8s.io/fstype"
 
 
@@ -41,6 +43,13 @@ def add(commands: Any) -> None:
 
     delete = _action(actions, "delete", _delete, "destroy a volume and its key")
     delete.add_argument("volume", metavar="ID")
+
+    rekey = actions.add_parser("rekey", help=_REKEY, description=f"{_REKEY[0].upper()}{_REKEY[1:]}.")
+    rekey.add_argument("volume", metavar="ID")
+    rekey.add_argument("-f", "--secret", required=True, metavar="FILE", help="a file with the Secret that opens it now")
+    rekey.add_argument("--new-secret", required=True, metavar="FILE", help="a file with the Secret that shall open it")
+    rekey.add_argument("--keep-old", action="store_true", help="let the old passphrase open it too")
+    rekey.set_defaults(run=_rekey)
 
 
 def _action(actions: Any, name: str, run: Callable[["_Client", Namespace], None], text: str) -> Any:
@@ -176,6 +185,15 @@ def _delete(client: _Client, arguments: Namespace) -> None:
     print(f"volume/{arguments.volume} deleted")
 
 
+def _rekey(arguments: Namespace, settings: Settings) -> int:
+    images = Images(private_directory(settings.data_dir) / "images", settings)
+    store = volumes.Volumes(settings.data_dir / "volumes", images, settings)
+    old, new = (documents.secret(file)[1] for file in (arguments.secret, arguments.new_secret))
+    store.rekey(arguments.volume, old, new, keep_old=arguments.keep_old)
+    print(f"volume/{arguments.volume} rekeyed")
+    return 0
+
+
 def _capability(client: _Client, *, block: bool, fs_type: str) -> Any:
     messages = client.messages
     mode = messages.VolumeCapability.AccessMode(mode=messages.VolumeCapability.AccessMode.SINGLE_NODE_WRITER)
@@ -187,11 +205,7 @@ def _capability(client: _Client, *, block: bool, fs_type: str) -> Any:
 def _secrets(file: str | None) -> dict[str, str]:
     if file is None:
         return {}
-    found = documents.load([file]).secrets
-    if len(found) != 1:
-        raise invalid(f"{file} holds {len(found)} Secret documents", "give a file with one")
-    metadata = found[0].get("metadata") or {}
-    data = DocumentSecrets(found).get(documents.name_of(found[0]), str(metadata.get("namespace", "default")))
+    _, data = documents.secret(file)
     try:
         return {key: value.decode() for key, value in data.items()}
     except UnicodeDecodeError:

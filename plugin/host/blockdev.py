@@ -98,6 +98,19 @@ def zero(path: Path, length: int) -> None:
         os.fsync(fd)
 
 
+def read_words(path: Path, count: int) -> tuple[int, ...]:
+    """The first `count` little-endian numbers of 32 bits of the device `path`."""
+    with _opened(path) as fd:
+        return struct.unpack(f"<{count}I", os.pread(fd, 4 * count, 0))
+
+
+def write(path: Path, offset: int, data: bytes) -> None:
+    """Write `data` at `offset` of the device `path`; it is on the disk when this returns."""
+    with _opened(path, os.O_WRONLY) as fd:
+        os.pwrite(fd, data, offset)
+        os.fsync(fd)
+
+
 def flush(path: Path) -> None:
     """Have everything written to the device `path` on the disk."""
     with _opened(path) as fd:

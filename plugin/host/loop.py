@@ -17,6 +17,7 @@ from pathlib import Path
 from plugin.errors import EbiError, exhausted, unavailable
 
 _GET_STATUS64 = 0x4C05
+_CLEAR = 0x4C01
 _SET_CAPACITY = 0x4C07
 _CONFIGURE = 0x4C0A
 _CONTROL_GET_FREE = 0x4C82
@@ -146,6 +147,26 @@ def below(directory: Path) -> dict[str, str]:
         if Path(path).is_relative_to(directory):
             found[entry.parts[-3]] = path
     return found
+
+
+def holders(kernel_name: str) -> frozenset[str]:
+    """The kernel names of the devices that stand on the loop device `kernel_name`."""
+    try:
+        return frozenset(entry.name for entry in (_SYSFS / kernel_name / "holders").iterdir())
+    except FileNotFoundError:
+        return frozenset()
+
+
+def detach(kernel_name: str) -> None:
+    """Have the loop device `kernel_name` let its file go, now or with its last user."""
+    loop = os.open(f"/dev/{kernel_name}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(loop, _CLEAR)
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # it has gone by itself
+            raise
+    finally:
+        os.close(loop)
 
 
 def set_capacity(kernel_name: str) -> None:

@@ -47,6 +47,11 @@ class Images:
         self._root, self._settings = root, settings
         self._catalog = catalog or LocalCatalog(root)
 
+    @property
+    def root(self) -> Path:
+        """The directory that holds a directory for each image."""
+        return self._root
+
     def apply(
         self,
         manifest: Mapping[str, Any],
@@ -169,11 +174,16 @@ class Images:
         """Clean what a kill has left: files without a record, partial files, records that nobody works on."""
         for directory in sorted(entry for entry in self._root.glob("*") if entry.is_dir()):
             try:
-                with locked(directory, f"backing image {directory.name}"):
-                    self._recover(directory)
+                self.clean(directory.name)
             except EbiError as error:
                 if error.kind is not Kind.BUSY:  # somebody works on it: nothing to clean
                     raise
+
+    def clean(self, name: str) -> None:
+        """Clean what a kill has left of the work on the image `name`. Raises BUSY while somebody works on it."""
+        directory = self._root / name
+        with locked(directory, f"backing image {name}"):
+            self._recover(directory)
 
     def _seen(self, name: str) -> BackingImage | None:
         """The image `name`, failed if its record says that it is worked on and nobody does."""

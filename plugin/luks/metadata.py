@@ -99,6 +99,16 @@ def costs(path: Path) -> list[Pbkdf]:
         return []  # cryptsetup will say what is wrong with it
 
 
+def sequence(path: Path) -> int:
+    """The number of the newest whole copy of the header, which grows with each change; 0 where none is whole."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        copies = _copies(fd)
+    finally:
+        os.close(fd)
+    return copies[-1][0] if copies else 0
+
+
 def damaged(path: Path) -> list[str]:
     """Which of the two copies of the header are damaged: of "primary" and "secondary", those that are."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

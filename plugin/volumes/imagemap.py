@@ -78,6 +78,19 @@ def release_idle() -> None:
                 log.warning("%s", error)
 
 
+def is_idle(name: str) -> bool:
+    """Whether nothing stands on the image's mapper `name`, and nobody is about to put something there."""
+    mapper = dm.find(name)
+    files = [backing.path for slave in mapper.slaves if (backing := loop.backing(slave))] if mapper else []
+    return mapper is not None and not mapper.holders and not any(is_locked(Path(file)) for file in files)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody is opening or closing the image with the file `path`."""
+    with _alone(path, wait=False) as alone:
+        return not alone
+
+
 @contextmanager
 def _alone(path: Path | None, *, wait: bool = True) -> Iterator[bool]:
     """Hold the lock of the image file `path`; False if it is another's and we don't `wait`. No file, no lock."""

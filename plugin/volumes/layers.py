@@ -3,6 +3,7 @@
 Nothing is remembered: whether a mapper is right is asked of the kernel every time, by the devices under it.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,12 @@ from plugin.host.dm import Mapper
 from plugin.host.files import Extent
 from plugin.luks import mapping
 from plugin.volumes import tables
+
+log = logging.getLogger(__name__)
+
+# struct disk_header of drivers/md/dm-snap-persistent.c: magic, valid, version, chunk size; 32 bits each, little-endian.
+_SNAPSHOT_MAGIC = 0x70416E53
+_VALID_AT = 4
 
 
 class Backing(Protocol):
@@ -204,6 +211,8 @@ class Snapshot:
         with events.step("map"):
             if self.fresh:
                 blockdev.zero(dm.path(self.store), max(2 * self.chunk, blockdev.MIB))
+            else:
+                _revalidate(dm.path(self.store))
             dm.create(self.name, self._table())
 
     def load(self) -> None:
@@ -224,6 +233,18 @@ def ensure(layer: Layer) -> bool:
     dm.remove(layer.name)
     layer.make()
     return True
+
+
+def _revalidate(store: Path) -> None:
+    """Have a store that dm-snapshot has given up taken again.
+
+    After an I/O error it marks the store invalid, since its origin goes on to change. Ours never does, so that every
+    exception that was written is as good as before: what was lost is the write that failed, as on any other disk.
+    """
+    magic, valid = blockdev.read_words(store, 2)
+    if magic == _SNAPSHOT_MAGIC and not valid:
+        log.warning("%s was given up after an I/O error; it is taken into use again", store)
+        blockdev.write(store, _VALID_AT, (1).to_bytes(4, "little"))
 
 
 def _there(name: str) -> Mapper:

@@ -38,6 +38,12 @@ def mappers(volume: str) -> list[str]:
     return [readonly(volume), top(volume), store(volume), base(volume)]
 
 
+def volume_of(mapper: str) -> str:
+    """The volume that has the mapper of this name for its own; "" for an image's and for any other."""
+    prefix = next((prefix for prefix in (READONLY, TOP, STORE, BASE) if mapper.startswith(prefix)), None)
+    return mapper.removeprefix(prefix) if prefix else ""
+
+
 def image(uuid: str) -> str:
     """The image's content, one device a node."""
     return IMAGE + uuid

@@ -34,6 +34,11 @@ class Node:
     images: Images
     settings: Settings
 
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """The directories that hold our files, as the kernel names them."""
+        return self.records.root.resolve(), self.images.root.resolve()
+
     @contextmanager
     def operation(self, volume: str) -> Iterator[None]:
         """The only operation on the volume. Raises BUSY, and NOT_FOUND for what can't be an id."""
@@ -101,7 +106,7 @@ class Node:
         capability: Capability,
         secrets: Mapping[str, str],
     ) -> None:
-        image = self._image(record)
+        image = self.image(record)
         if image is not None:
             self.images.raw(image.name)  # a compressed one has to be unpacked before it can be a device
         if not record.formatted:
@@ -271,7 +276,7 @@ class Node:
         record = self.records.find(volume)
         none = Keys({}, f"volume {volume}")
         if record is not None:
-            return assemble.volume(record, self._image(record), none)
+            return assemble.volume(record, self.image(record), none)
         device = self._device(volume)
         if device is None:
             raise not_found(f"volume {volume} does not exist", "see ebi get volumes")
@@ -279,8 +284,12 @@ class Node:
         return assemble.mapped(volume, device, none, encrypted=mapper is not None and mapper.uuid.startswith("CRYPT-"))
 
     def _must_exist(self, volume: str) -> None:
-        if self.records.find(volume) is None and self._device(volume) is None and not dm.find(names.top(volume)):
+        if self.records.find(volume) is None and not self.has_device(volume) and not dm.find(names.top(volume)):
             raise not_found(f"volume {volume} does not exist", "see ebi get volumes")
+
+    def has_device(self, volume: str) -> bool:
+        """Whether another system has attached the volume's device here."""
+        return self._device(volume) is not None
 
     def _device(self, volume: str) -> Path | None:
         if not self.settings.device_template:
@@ -292,7 +301,8 @@ class Node:
             return None
         return path
 
-    def _image(self, record: Volume) -> BackingImage | None:
+    def image(self, record: Volume) -> BackingImage | None:
+        """The image that the volume starts from, if any. Raises NOT_FOUND, and PRECONDITION for its namesake."""
         if not record.image:
             return None
         image = self.images.get(record.image)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-from plugin.errors import not_found
+from plugin.errors import EbiError, not_found
 from plugin.host import dm
 from plugin.host.files import read_json, write_json
 from plugin.volumes import names, tables
@@ -38,10 +38,16 @@ class Volume:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], directory: Path) -> Self:
-        """The volume that `to_json` wrote; what a later version added is left out."""
+        """The volume that `to_json` wrote; what a later version added is left out.
+
+        Raises KeyError, TypeError or AttributeError for anything else.
+        """
         known = {item.name for item in fields(cls)}
         values = {key: item for key, item in value.items() if key in known}
-        return cls(**{**values, "mkfs_options": tuple(value["mkfs_options"]), "directory": directory})
+        found = cls(**{**values, "mkfs_options": tuple(value["mkfs_options"]), "directory": directory})
+        if not isinstance(found.capacity, int) or not isinstance(found.chunk, int) or found.id != directory.name:
+            raise TypeError
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """What is kept on the disk."""
@@ -108,12 +114,18 @@ class Records:
         return self.root / volume
 
     def find(self, volume: str) -> Volume | None:
-        """The volume with this id, if there is one."""
+        """The volume with this id, if there is one. Raises INTERNAL where its record is damaged."""
         if not names.is_volume_id(volume):
             return None
         directory = self.directory(volume)
-        value = read_json(directory / RECORD)
-        return Volume.from_json(value, directory) if value is not None else None
+        try:
+            value = read_json(directory / RECORD)
+            return Volume.from_json(value, directory) if value is not None else None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise EbiError(
+                f"the record of volume {volume} is damaged",
+                hint=f"put {directory / RECORD} back from a backup, or delete the volume",
+            ) from None
 
     def get(self, volume: str) -> Volume:
         """The volume with this id. Raises NOT_FOUND."""
@@ -123,12 +135,25 @@ class Records:
         return found
 
     def every(self) -> Iterator[Volume]:
-        """All volumes, by id."""
-        if self.root.is_dir():
-            for entry in sorted(self.root.iterdir()):
-                found = self.find(entry.name)
-                if found is not None:
-                    yield found
+        """All volumes whose records can be read, by id."""
+        for name in self._names():
+            try:
+                found = self.find(name)
+            except EbiError:  # `damaged` and `ebi doctor` tell
+                continue
+            if found is not None:
+                yield found
+
+    def damaged(self) -> Iterator[str]:
+        """The ids of the volumes whose records can't be read."""
+        for name in self._names():
+            try:
+                self.find(name)
+            except EbiError:
+                yield name
+
+    def _names(self) -> list[str]:
+        return sorted(entry.name for entry in self.root.iterdir()) if self.root.is_dir() else []
 
     def save(self, volume: Volume, **changes: Any) -> Volume:
         """Keep `volume` with `changes`, on the disk when this returns."""

@@ -4,21 +4,22 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from plugin.errors import exists, invalid, out_of_range, precondition
+from plugin.errors import EbiError, exists, invalid, out_of_range, precondition
+from plugin.findings import Finding
 from plugin.host import dm, files
 from plugin.host.lock import locked
 from plugin.images import BackingImage, Images
 from plugin.settings import Settings
-from plugin.volumes import names, parameters, reconcile, stats, tables
+from plugin.volumes import keys, names, parameters, reconcile, stats, tables
 from plugin.volumes.capability import Capability
 from plugin.volumes.node import Node
 from plugin.volumes.parameters import VolumeParameters
-from plugin.volumes.record import LUKS_HEADER, RECORD, Records, Volume
+from plugin.volumes.record import DATA, RECORD, Records, Volume
 
 MIB = 1 << 20
 CHUNK = 64 << 10
@@ -88,11 +89,14 @@ class Volumes:
             return
         directory = self._records.directory(volume)
         with locked(directory, f"volume {volume}"):
-            record = self._records.find(volume)
+            try:
+                record = self._records.find(volume)
+            except EbiError:  # a damaged one can be deleted all the same
+                record = None
             if any(dm.find(name) for name in names.mappers(volume)):
                 raise precondition(f"volume {volume} is staged on this node", "unstage it first")
-            if record is not None and record.encrypted:
-                _destroy_keys(record.path)
+            if record is None or record.encrypted:
+                keys.destroy(directory / DATA)
             (directory / RECORD).unlink(missing_ok=True)
             files.sync_directory(directory)
             shutil.rmtree(directory)
@@ -106,8 +110,21 @@ class Volumes:
         return [*self._records.every()]
 
     def using(self, image: str) -> Sequence[str]:
-        """The ids of the volumes that start from the backing image named `image`."""
-        return [volume.id for volume in self._records.every() if volume.image == image]
+        """The ids of the volumes that start from the backing image named `image`, and of those that may: whose
+        records can't be read.
+        """
+        known = [volume.id for volume in self._records.every() if volume.image == image]
+        return [*known, *self._records.damaged()]
+
+    def rekey(self, volume: str, old: Mapping[str, bytes], new: Mapping[str, bytes], *, keep_old: bool = False) -> None:
+        """Change the volume's passphrase from the Secret data `old` to `new`; it may be staged meanwhile.
+
+        The old or the new opens at every instant; after a kill, the same call again finishes. `keep_old` leaves the
+        old one in. Raises NOT_FOUND, BUSY, INVALID where there is nothing to open or neither opens it, and
+        PRECONDITION where the new one does not open the volume's image: one secret opens both.
+        """
+        with self._node.operation(volume):
+            keys.change(self._node, self._records.get(volume), old, new, keep_old=keep_old)
 
     def free_bytes(self) -> int:
         """Bytes that new volumes can take, headers and metadata included."""
@@ -169,7 +186,15 @@ class Volumes:
 
     def recover(self) -> None:
         """Clean up, or bring to its end, what a killed process left."""
-        reconcile.recover(self._records)
+        reconcile.recover(self._node)
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Within the block, also when a device of ours vanishes without our doing."""
+        return reconcile.watching(self._node)
+
+    def examine(self) -> Sequence[Finding]:
+        """What is wrong with the volumes, their devices and mounts."""
+        return list(reconcile.examine(self._node))
 
 
 def _same(found: Volume, name: str, capacity: int, limit: int, wanted: VolumeParameters) -> Volume:
@@ -237,19 +262,5 @@ def _reserve(record: Volume) -> None:
     except BaseException:
         os.ftruncate(fd, before)  # gives back what was reserved until the space ran out
         raise
-    finally:
-        os.close(fd)
-
-
-def _destroy_keys(path: Path) -> None:
-    """Overwrite the LUKS header and keyslots: without them nobody opens what the disk may keep of the rest."""
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return
-    try:
-        for offset in range(0, LUKS_HEADER, MIB):
-            os.pwrite(fd, bytes(MIB), offset)
-        os.fsync(fd)
     finally:
         os.close(fd)

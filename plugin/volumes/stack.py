@@ -39,6 +39,7 @@ class Stack:
         made: list[str] = []
         try:
             self._clear()
+            self._resume()
             for layer in self.layers:
                 if ensure(layer):
                     made.append(layer.name)
@@ -61,13 +62,21 @@ class Stack:
                     take_down(above)
                 return
 
+    def _resume(self) -> None:
+        """Go on where a resize was cut short, from below upwards: a base that was to grow does so first."""
+        present = [mapper for layer in self.layers if (mapper := dm.find(layer.name))]
+        if any(mapper.suspended for mapper in present):
+            for mapper in present:
+                dm.resume(mapper.name)
+
     def grow(self, capacity: int) -> None:
         """Have every layer take the present size of what is below it, down to up, under running I/O.
 
         Raises UNAVAILABLE when the top device has not reached `capacity` bytes afterwards.
         """
-        mapper = dm.find(self.top)
-        if mapper is not None and mapper.size >= capacity > 0 and not mapper.suspended:
+        # The base, too: one whose growth was cut short ends below its snapshot.
+        shown = [dm.find(layer.name) for layer in self.layers if isinstance(layer, Base) or layer.name == self.top]
+        if all(mapper and mapper.size >= capacity > 0 and not mapper.suspended for mapper in shown):
             return
         for layer in self.layers:
             if isinstance(layer, Crypt | Linear):

@@ -4,19 +4,17 @@ The proportions are those of stages of 1 GiB each in 3 GiB; EBI_UNLOCK_STAGES an
 """
 
 import os
-import sys
-import traceback
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from plugin.host import budget, udev
+from plugin.host import budget
 from plugin.luks import header
 from plugin.luks.parameters import Pbkdf
 from tests.kernel.world import MIB, SECRET, Machine, World, steps
+from tests.killing import child
 
 STAGES = int(os.environ.get("EBI_UNLOCK_STAGES", "4"))
 NEEDED = int(os.environ.get("EBI_UNLOCK_MIB", "64"))
@@ -42,37 +40,20 @@ def cgroup() -> Iterator[Path]:
     made.rmdir()
 
 
-def inside(cgroup: Path, action: Callable[[], None]) -> None:
-    """Run `action` in a child process in `cgroup`, and fail as it does."""
-    with warnings.catch_warnings():  # of a fork in a process with threads: the child needs none of them
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if not child:
-        try:
-            (cgroup / "cgroup.procs").write_text(str(os.getpid()))
-            udev._the_watch.cache_clear()  # its thread stayed with our parent
-            action()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc(file=sys.stderr)
-            os._exit(1)
-    assert os.waitpid(child, 0)[1] == 0
-
-
 def test_all_succeed_where_together_they_would_run_out_of_memory(machine: Machine, cgroup: Path) -> None:
     names = [f"vol{number}" for number in range(STAGES)]
     for name in names:
         machine.create(name, 16 * MIB, encrypted="true")
 
     def stage_all() -> None:
-        budget._the_budget.cache_clear()  # as a server that starts in this cgroup
+        (cgroup / "cgroup.procs").write_text(str(os.getpid()))
         assert NEEDED * MIB <= budget.shared().limit <= 2 * NEEDED * MIB
         with ThreadPoolExecutor(STAGES) as pool:
             for _ in range(2):  # the first makes the headers, the second opens them
                 list(pool.map(lambda name: machine.stage(name, DEAR), names))
                 list(pool.map(machine.unstage, names))
 
-    inside(cgroup, stage_all)
+    assert child(stage_all) == 0
     events = dict(line.split() for line in (cgroup / "memory.events").read_text().splitlines())
     assert events["oom_kill"] == "0"
     assert all(machine.volumes.get(name).formatted for name in names)

@@ -1,0 +1,180 @@
+"""What is wrong with the devices and mounts of a node: those that nothing stands on, or that stand on nothing.
+
+Read from sysfs, device-mapper and mountinfo. What somebody works on now, whose lock is held, is passed over; so is what
+belongs to another data directory. A repair takes the volume's lock and looks again before it touches anything.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+from plugin.errors import EbiError
+from plugin.findings import Finding
+from plugin.host import dm, loop, mounts, udev
+from plugin.host.dm import Mapper
+from plugin.host.lock import is_locked
+from plugin.host.mounts import Mount
+from plugin.volumes import imagemap, names, usage
+from plugin.volumes.node import Node
+from plugin.volumes.paths import remove_target
+from plugin.volumes.stack import take_down
+
+_FIX = "ebi doctor --fix removes it"
+
+
+def examine(node: Node) -> Iterator[Finding]:
+    """Everything that is wrong, lowest cost of a repair first."""
+    every = {mapper.kernel_name: mapper for mapper in dm.every()}
+    ours = [mapper for mapper in every.values() if mapper.name.startswith(udev.PREFIX)]
+    mappers = [mapper for mapper in ours if not _is_foreign(node, mapper, every)]
+    volumes = {volume for mapper in mappers if (volume := names.volume_of(mapper.name))}
+    for volume in sorted(volumes):
+        if not is_locked(node.records.directory(volume)):
+            yield from _of_volume(node, volume)
+    for mapper in mappers:
+        if mapper.name.startswith(names.IMAGE) and not mapper.holders and imagemap.is_idle(mapper.name):
+            yield Finding(
+                "image-idle", f"device {mapper.name}", "no volume stands on it", _FIX, imagemap.release_idle, safe=True
+            )
+    yield from _stale_mounts()
+    yield from _idle_loops(node)
+
+
+def _of_volume(node: Node, volume: str) -> Iterator[Finding]:
+    present = {name: mapper for name in names.mappers(volume) if (mapper := dm.find(name))}
+    top = present.get(names.top(volume))
+    suspended = [name for name, mapper in present.items() if mapper.suspended]
+    if suspended:
+        yield Finding(
+            "suspended",
+            f"volume {volume}",
+            f"{', '.join(suspended)} {'is' if len(suspended) == 1 else 'are'} suspended",
+            "ebi doctor --fix resumes it",
+            _alone(node, volume, partial(_resume, volume)),
+            safe=True,
+        )
+    shown = usage.filesystems(volume) + usage.devices(volume)
+    if top is None and present and not shown:
+        yield _removable(node, volume, "idle", f"nothing stands on {', '.join(present)}", safe=True)
+    elif top is not None:
+        reason, certain = _why_useless(node, volume, top)
+        held = top.holders - {found.kernel_name for found in present.values()}
+        if not reason:
+            if not held:
+                yield from _unused(node, volume, shown)
+        elif certain and not shown and not held:
+            yield _removable(node, volume, "broken", reason, safe=False)
+        else:
+            yield Finding("broken", f"volume {volume}", reason, "unpublish and unstage it, then stage it again")
+    readonly = present.get(names.readonly(volume))
+    if readonly is not None and top is not None and not usage.readonly_devices(volume):
+        remove = _alone(node, volume, partial(dm.remove, readonly.name))
+        yield Finding("idle", f"volume {volume}", f"{readonly.name} is published nowhere", _FIX, remove, safe=True)
+
+
+def _why_useless(node: Node, volume: str, top: Mapper) -> tuple[str, bool]:
+    """Why the stack under `top` is of no use, "" where it is; and whether its devices hold nothing any more."""
+    if not top.slaves:
+        return f"{top.name} stands on nothing", True
+    try:
+        if node.records.find(volume) is None and not node.has_device(volume):
+            return "its devices are mapped, but there is no such volume", True
+        stack = node.stack(volume)
+    except EbiError:
+        return "", False  # the volume's own findings have it
+    for layer in stack.layers:
+        mapper = dm.find(layer.name)
+        if mapper is None:
+            return f"{layer.name} is gone", True
+        if not layer.fits(mapper):  # over a file that was deleted, perhaps: then this is all that is left of it
+            return f"{layer.name} has the wrong device under it, or none", False
+    return "", False
+
+
+def _unused(node: Node, volume: str, shown: list[Mount]) -> Iterator[Finding]:
+    if len(shown) > 1:
+        return
+    text, repair = "it is mapped, and neither mounted nor published", _alone(node, volume, partial(_remove, volume))
+    if shown:
+        staging = shown[0].target
+        text, repair = f"it is staged at {staging} and published nowhere", lambda: node.unstage(volume, staging)
+    hint = "if no workload is about to use it: ebi doctor --fix --unstage"
+    yield Finding("unused", f"volume {volume}", text, hint, repair, wrong=False)
+
+
+def _removable(node: Node, volume: str, kind: str, reason: str, *, safe: bool) -> Finding:
+    repair = _alone(node, volume, partial(_remove, volume))
+    return Finding(kind, f"volume {volume}", reason, _FIX, repair, safe=safe)
+
+
+def _alone(node: Node, volume: str, action: Callable[[], None]) -> Callable[[], None]:
+    def repair() -> None:
+        with node.operation(volume):
+            action()
+
+    return repair
+
+
+def _remove(volume: str) -> None:
+    if not usage.filesystems(volume) and not usage.devices(volume):
+        take_down(names.mappers(volume))
+
+
+def _resume(volume: str) -> None:
+    """Let I/O go on, from below upwards: a base that was to grow does so before the snapshot on it."""
+    for name in reversed(names.mappers(volume)):
+        if dm.find(name):
+            dm.resume(name)
+
+
+def _is_foreign(node: Node, mapper: Mapper, every: Mapping[str, Mapper]) -> bool:
+    """Whether `mapper` stands on files, and none of them is kept in our data directory."""
+    files = list(_files(mapper, every))
+    return bool(files) and not any(path.is_relative_to(root) for path in files for root in node.roots)
+
+
+def _files(mapper: Mapper, every: Mapping[str, Mapper]) -> Iterator[Path]:
+    for slave in mapper.slaves:
+        if slave in every:
+            yield from _files(every[slave], every)
+        elif backing := loop.backing(slave):
+            yield Path(backing.path)
+
+
+def _stale_mounts() -> Iterator[Finding]:
+    for mount in mounts.table():
+        if usage.is_stale_device(mount):
+            yield Finding(
+                "stale-mount",
+                f"mount {mount.target}",
+                "the device that it shows is gone",
+                _FIX,
+                partial(_unmount, mount),
+            )
+
+
+def _unmount(mount: Mount) -> None:
+    if usage.is_stale_device(mount) and mounts.at(mount.target) == mount:
+        mounts.unmount(mount.target)
+        remove_target(mount.target)
+
+
+def _idle_loops(node: Node) -> Iterator[Finding]:
+    # One that udevd looks at goes when it closes it.
+    udev.watch().wait_until(lambda: not list(_loops(node)), 1)
+    for name, file in _loops(node):
+        text = f"no mapper stands on it; its file is {file}"
+        yield Finding("loop-idle", f"loop {name}", text, _FIX, partial(_detach, name, file))
+
+
+def _loops(node: Node) -> Iterator[tuple[str, Path]]:
+    for root in node.roots:
+        for name, file in loop.below(root).items():
+            directory = root / Path(file).relative_to(root).parts[0]
+            if not loop.holders(name) and not is_locked(directory) and not imagemap.is_locked(Path(file)):
+                yield name, Path(file)
+
+
+def _detach(name: str, file: Path) -> None:
+    if not loop.holders(name) and not imagemap.is_locked(file):
+        loop.detach(name)
