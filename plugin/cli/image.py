@@ -67,7 +67,7 @@ def _rekey(arguments: Namespace, settings: Settings, images: Images) -> None:
     volumes = Volumes(settings.data_dir / "volumes", images, settings)
     _, old = documents.secret(arguments.old)
     secret, new = documents.secret(arguments.new)
-    users = volumes.using(arguments.name)
+    users = [] if arguments.keep_old else volumes.locked_out(arguments.name, new)
     headers.rekey(images, arguments.name, old, new, secret, keep_old=arguments.keep_old, users=users)
     print(f"backingimage/{arguments.name} rekeyed")
 

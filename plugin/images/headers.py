@@ -26,7 +26,7 @@ def rekey(
     """Change the passphrase of the image `name` from the Secret data `old` to `new`, named `secret` (namespace, name).
 
     The old or the new opens at every instant; after a kill, the same call again finishes. The volume key stays. The
-    volumes `users` open the image by their own secret, so they need `keep_old`, which leaves the old passphrase in.
+    volumes `users`, which `new` does not open, need `keep_old`, which leaves the old passphrase in.
     Raises NOT_FOUND, BUSY, INVALID when neither opens the image, PRECONDITION for an image that is not encrypted or in
     use.
     """
@@ -34,7 +34,7 @@ def rekey(
         raise precondition(
             f"cannot take the old passphrase from backing image {name} since there are volumes using it:"
             f" {', '.join(sorted(users))}",
-            "one secret opens both; keep the old one too (--keep-old) until those are gone",
+            "one secret opens both; keep the old one too (--keep-old), and ebi volume rekey those",
         )
     with images.changing(name) as (image, save):
         _check_encrypted(image)

@@ -38,6 +38,20 @@ def change(
     keyslots.change(record.path, was.passphrase, wanted, record.described, keep_old=keep_old)
 
 
+def opens(record: Volume, secret: Mapping[str, bytes]) -> bool:
+    """Whether the volume can be staged with the Secret data `secret`; one never formatted takes any."""
+    if not record.encrypted or not record.formatted:
+        return True
+    parameters = SecretParameters.from_data(secret, record.described)
+    try:
+        header.test_passphrase(record.path, parameters.passphrase, record.described)
+    except (EbiError, OSError) as error:
+        if isinstance(error, EbiError) and error.kind is not Kind.INVALID:
+            raise
+        return False
+    return True
+
+
 def destroy(path: Path) -> None:
     """Overwrite the LUKS header and keyslots: without them nobody opens what the disk may keep of the rest."""
     try:

@@ -126,6 +126,18 @@ class Volumes:
         with self._node.operation(volume):
             keys.change(self._node, self._records.get(volume), old, new, keep_old=keep_old)
 
+    def locked_out(self, image: str, secret: Mapping[str, bytes]) -> Sequence[str]:
+        """The ids of the volumes of the encrypted image `image` that the Secret data `secret` does not open.
+
+        Costs a key derivation for each of its volumes.
+        """
+        damaged = set(self._records.damaged())
+        return [
+            volume
+            for volume in self.using(image)
+            if volume in damaged or not keys.opens(self._records.get(volume), secret)
+        ]
+
     def free_bytes(self) -> int:
         """Bytes that new volumes can take, headers and metadata included."""
         directory = self._records.root

@@ -127,8 +127,8 @@ class Calls(RuleBasedStateMachine):
         model.staged = model.formatted = True
         type(self).made["stage from many threads"] += 1
 
-    @rule(name=volumes, target=targets, readonly=st.booleans(), kill=kills)
-    def publish(self, name: str, target: str, readonly: bool, kill: int | None) -> None:
+    @rule(name=volumes, where=targets, readonly=st.booleans(), kill=kills)
+    def publish(self, name: str, where: str, readonly: bool, kill: int | None) -> None:
         """NodePublishVolume at one of two paths."""
         model, block = self.models.get(name), KINDS[name][2]
         expected = None
@@ -136,21 +136,21 @@ class Calls(RuleBasedStateMachine):
             expected = Kind.NOT_FOUND
         elif not model.staged:
             expected = Kind.PRECONDITION
-        elif model.published.get(target, readonly) != readonly:
+        elif model.published.get(where, readonly) != readonly:
             expected = Kind.EXISTS
         self.call(
             "publish", expected,
-            lambda: self.machine.publish(name, target, readonly=readonly, block=block, access=_MANY), kill,
+            lambda: self.machine.publish(name, where, readonly=readonly, block=block, access=_MANY), kill,
         )  # fmt: skip
         if model and expected is None:
-            model.published[target] = readonly
+            model.published[where] = readonly
 
-    @rule(name=volumes, target=targets, kill=kills)
-    def unpublish(self, name: str, target: str, kill: int | None) -> None:
+    @rule(name=volumes, where=targets, kill=kills)
+    def unpublish(self, name: str, where: str, kill: int | None) -> None:
         """NodeUnpublishVolume: what is not there is fine."""
-        self.call("unpublish", None, lambda: self.machine.unpublish(name, target), kill)
+        self.call("unpublish", None, lambda: self.machine.unpublish(name, where), kill)
         if name in self.models:
-            self.models[name].published.pop(target, None)
+            self.models[name].published.pop(where, None)
 
     @rule(name=volumes, kill=kills)
     def unstage(self, name: str, kill: int | None) -> None:

@@ -94,6 +94,26 @@ class TestRekey:
         assert "ebi image rekey locked --keep-old" in refused.value.hint
         assert opens(volume.path, PASSPHRASE)
 
+    def test_image_and_volumes_change_their_secret_in_turn(
+        self, store: Store, volumes: Volumes, parameters: SecretParameters
+    ) -> None:
+        store.download(make_raw(store.work / "raw", MIB, [(0, 4096)]))
+        image = store.apply(clone("locked", "golden", "encrypt"))
+        volume = formatted(volumes, parameters, backingImage="locked")
+        files = []
+        for name, passphrase in (("old", PASSPHRASE), ("new", NEW)):
+            files.append(str(store.work / name))
+            Path(files[-1]).write_text(yaml.safe_dump(secret(passphrase=passphrase)))
+        ebi = ["--data-dir", str(store.work / "data")]
+        change = [*ebi, "image", "rekey", "locked", "--old", files[0], "--new", files[1]]
+        assert main([*change, "--keep-old"]) == 0
+        assert main(change) == Kind.PRECONDITION.value, "the volume would be locked out"
+        assert main([*ebi, "volume", "rekey", "vol", "--secret", files[0], "--new-secret", files[1]]) == 0
+        assert main(change) == 0
+        for path in (image.path, volume.path):
+            assert opens(path, NEW)
+            assert not opens(path, PASSPHRASE)
+
     def test_what_has_no_passphrase_is_refused(self, volumes: Volumes) -> None:
         volumes.create("plain", MIB, {})
         volumes.create("new", MIB, {"encrypted": "true"})
