@@ -61,7 +61,7 @@ def _of_volume(node: Node, volume: str) -> Iterator[Finding]:
         held = top.holders - {found.kernel_name for found in present.values()}
         if not reason:
             if not held:
-                yield from _unused(node, volume, shown)
+                yield from _unused(node, volume)
         elif certain and not shown and not held:
             yield _removable(node, volume, "broken", reason, safe=False)
         else:
@@ -91,8 +91,9 @@ def _why_useless(node: Node, volume: str, top: Mapper) -> tuple[str, bool]:
     return "", False
 
 
-def _unused(node: Node, volume: str, shown: list[Mount]) -> Iterator[Finding]:
-    if len(shown) > 1:
+def _unused(node: Node, volume: str) -> Iterator[Finding]:
+    shown = usage.filesystems(volume)
+    if len(shown) > 1 or usage.devices(volume):
         return
     text, repair = "it is mapped, and neither mounted nor published", _alone(node, volume, partial(_remove, volume))
     if shown:

@@ -14,12 +14,19 @@ def checked(path: Path, what: str, root: str = "") -> Path:
     """
     if not path.is_absolute() or ".." in path.parts or path == Path("/"):
         raise _bad(path, what, "it must be absolute, without ..")
-    if path.is_symlink():
+    if _is_link(path):
         raise _bad(path, what, "it is a symbolic link")
     real = path.parent.resolve() / path.name
     if root and not real.is_relative_to(Path(root).resolve()):
         raise _bad(path, what, f"it leads to {real}, outside {root}")
     return real
+
+
+def _is_link(path: Path) -> bool:
+    try:
+        return path.is_symlink()
+    except OSError:  # the root of a filesystem that has shut down; it has to be unmounted all the same
+        return False
 
 
 def make_target(target: Path, *, block: bool) -> bool:

@@ -153,7 +153,7 @@ class Records:
                 yield name
 
     def _names(self) -> list[str]:
-        return sorted(entry.name for entry in self.root.iterdir()) if self.root.is_dir() else []
+        return sorted(entry.name for entry in self.root.iterdir() if entry.is_dir()) if self.root.is_dir() else []
 
     def save(self, volume: Volume, **changes: Any) -> Volume:
         """Keep `volume` with `changes`, on the disk when this returns."""

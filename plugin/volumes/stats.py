@@ -1,5 +1,6 @@
 """How full a volume is, and how it is."""
 
+import errno
 import mmap
 import os
 from collections.abc import Callable, Iterator
@@ -126,7 +127,8 @@ def _of_file(path: Path, owner: str) -> Iterator[str]:
     except FileNotFoundError:
         yield f"the file of {owner} is missing: {path}"
     except OSError as error:
-        yield f"the file of {owner} can't be read: {error.strerror}"
+        if error.errno != errno.EINVAL:  # a filesystem without direct I/O
+            yield f"the file of {owner} can't be read: {error.strerror}"
 
 
 def _of_filesystem(volume: str, path: Path) -> Iterator[str]:
@@ -138,7 +140,7 @@ def _of_filesystem(volume: str, path: Path) -> Iterator[str]:
         path.stat()
         # ext4 keeps count, also over a restart; e2fsck sets it back.
         if top and (errors := int((_EXT4 / top.kernel_name / "errors_count").read_text())):
-            yield f"the filesystem has met {errors} errors since it was checked"
+            yield f"the filesystem has met errors since it was checked: {errors}"
     except FileNotFoundError:
         pass
     except OSError as error:
