@@ -20,7 +20,7 @@ HOW = [
     " bash, is the cryptsetup, dmsetup, losetup, mount and resize2fs commands that make the same devices, with the same"
     " cost of key derivation; it looks at nothing beforehand, and checks no filesystem.",
     "*least derivation*: pbkdf2 with 1000 iterations, the least that cryptsetup takes, so that what is left is"
-    " everything else. *forced derivation*: argon2i with CRYPTO_PBKDF_FORCE_ITERATIONS=4 and CRYPTO_PBKDF_MEMORY=65536.",
+    " everything else. *forced derivation*: argon2i, CRYPTO_PBKDF_FORCE_ITERATIONS=4, CRYPTO_PBKDF_MEMORY=65536.",
     "The golden image is ext4 with data and holes. The disk is a file of the host through virtio with its cache mode"
     " unsafe: a flush costs nothing there, so that synchronous writes look better than on a disk, for all sides.",
 ]

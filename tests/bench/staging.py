@@ -15,7 +15,7 @@ _FACTOR = 1.25
 
 
 def measure(suite: Suite) -> None:
-    """A volume's first stage, a later one, and unstaging it: with the cheapest key derivation, and with a common one."""
+    """A first stage, a later one, and unstaging: with the cheapest key derivation, and with a common one."""
     for derivation in ("least", "forced"):
         with suite.golden(derivation) as golden, suite.node.server() as kubelet:
             ours = _Ours(suite, golden, kubelet)
