@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,10 +79,26 @@ class Store:
         """Apply one manifest."""
         return self.images.apply(document, self.secrets)
 
+    def copied(self, work: Path) -> "Store":
+        """The same in `work`, holes as holes: what takes long to make is made once for all tests of a file."""
+        subprocess.run(["cp", "--archive", f"{self.work}/.", work], check=True)
+        return Store(work, _images(work), self.secrets)
+
+
+def _images(work: Path) -> Images:
+    return Images(work / "data" / "images", Settings(workers=2, download_retry_seconds=0.001))
+
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return Store(tmp_path, Images(tmp_path / "data" / "images", Settings(workers=2, download_retry_seconds=0.001)))
+    return Store(tmp_path, _images(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def first_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """For what the tests of a file share; each of them gets a copy."""
+    work = tmp_path_factory.mktemp("first")
+    return Store(work, _images(work))
 
 
 @pytest.fixture

@@ -24,11 +24,16 @@ RUNS = [(0, 4 * KIB), (540 * MIB, 200 * KIB), (541 * MIB + 68 * KIB, MIB + 512)]
 SIZE = 600 * MIB + 512
 
 
+@pytest.fixture(scope="module")
+def first(first_store: Store) -> Store:
+    first_store.download(make_raw(first_store.work / "raw", SIZE, RUNS))
+    first_store.apply(clone("e", "golden", "encrypt"))
+    return first_store
+
+
 @pytest.fixture
-def golden(store: Store) -> Store:
-    store.download(make_raw(store.work / "raw", SIZE, RUNS))
-    store.apply(clone("e", "golden", "encrypt"))
-    return store
+def golden(first: Store, tmp_path: Path) -> Store:
+    return first.copied(tmp_path)
 
 
 def pieces(content: bytes, step: int) -> Iterator[bytes]:

@@ -15,12 +15,17 @@ from tests.unit.conftest import KIB, MIB, NAMESPACE, PASSPHRASE, Store, clone, m
 NEW = b"quite another\n"
 
 
+@pytest.fixture(scope="module")
+def first(first_store: Store) -> Store:
+    first_store.secrets = DocumentSecrets([secret(), secret("new", NEW, PBKDF_FORCE_ITERATIONS="1500")])
+    first_store.download(make_raw(first_store.work / "raw", MIB, [(0, MIB)]))
+    first_store.apply(clone("e", "golden", "encrypt"))
+    return first_store
+
+
 @pytest.fixture
-def locked(store: Store) -> Store:
-    store.secrets = DocumentSecrets([secret(), secret("new", NEW, PBKDF_FORCE_ITERATIONS="1500")])
-    store.download(make_raw(store.work / "raw", MIB, [(0, MIB)]))
-    store.apply(clone("e", "golden", "encrypt"))
-    return store
+def locked(first: Store, tmp_path: Path) -> Store:
+    return first.copied(tmp_path)
 
 
 def data(store: Store, name: str) -> Mapping[str, bytes]:

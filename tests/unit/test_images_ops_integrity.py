@@ -14,13 +14,18 @@ from plugin.settings import Settings
 from tests.unit.conftest import KIB, MIB, Store, clone, make_raw, manifest, sha512
 
 
+@pytest.fixture(scope="module")
+def first(first_store: Store) -> Store:
+    first_store.download(make_raw(first_store.work / "raw", 12 * MIB, [(0, 64 * KIB), (5 * MIB, 5 * MIB)]))
+    first_store.apply(clone("e", "golden", "encrypt"))
+    first_store.apply(clone("d", "e", "decrypt"))
+    first_store.apply(clone("c", "e"))
+    return first_store
+
+
 @pytest.fixture
-def golden(store: Store) -> Store:
-    store.download(make_raw(store.work / "raw", 12 * MIB, [(0, 64 * KIB), (5 * MIB, 5 * MIB)]))
-    store.apply(clone("e", "golden", "encrypt"))
-    store.apply(clone("d", "e", "decrypt"))
-    store.apply(clone("c", "e"))
-    return store
+def golden(first: Store, tmp_path: Path) -> Store:
+    return first.copied(tmp_path)
 
 
 def verify(store: Store, name: str) -> BackingImage:

@@ -1,5 +1,6 @@
 """Re-encrypting: one LUKS2 image into another, under another secret, in one pass."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +14,17 @@ from tests.unit.conftest import KIB, MIB, NAMESPACE, PASSPHRASE, Store, clone, m
 OTHER = b"another one"
 
 
+@pytest.fixture(scope="module")
+def first(first_store: Store) -> Store:
+    first_store.secrets = DocumentSecrets([secret(), secret("other", OTHER, KEY_SIZE="512")])
+    first_store.download(make_raw(first_store.work / "raw", 8 * MIB, [(0, 64 * KIB), (6 * MIB, MIB)]))
+    first_store.apply(clone("e", "golden", "encrypt"))
+    return first_store
+
+
 @pytest.fixture
-def locked(store: Store) -> Store:
-    store.secrets = DocumentSecrets([secret(), secret("other", OTHER, KEY_SIZE="512")])
-    store.download(make_raw(store.work / "raw", 8 * MIB, [(0, 64 * KIB), (6 * MIB, MIB)]))
-    store.apply(clone("e", "golden", "encrypt"))
-    return store
+def locked(first: Store, tmp_path: Path) -> Store:
+    return first.copied(tmp_path)
 
 
 def reencrypted(name: str = "r", source: str = "e", **parameters: str) -> dict[str, Any]:

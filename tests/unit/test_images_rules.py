@@ -1,6 +1,7 @@
 """Manifests: which are taken, which are refused, and in what words."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,11 +52,16 @@ def test_a_password_in_a_url_is_not_repeated(store: Store) -> None:
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.fixture(scope="module")
+def first(first_store: Store) -> Store:
+    first_store.download(make_raw(first_store.work / "raw", MIB, [(0, MIB)]))
+    first_store.apply(clone("locked", "golden", "encrypt"))
+    return first_store
+
+
 @pytest.fixture
-def golden(store: Store) -> Store:
-    store.download(make_raw(store.work / "raw", MIB, [(0, MIB)]))
-    store.apply(clone("locked", "golden", "encrypt"))
-    return store
+def golden(first: Store, tmp_path: Path) -> Store:
+    return first.copied(tmp_path)
 
 
 @pytest.mark.parametrize(
