@@ -106,7 +106,9 @@ class Controller(csi_pb2_grpc.ControllerServicer):
             raise EbiError(f"invalid starting_token {token!r}", kind=Kind.BUSY, hint="start again without one")
         if request.max_entries < 0:
             raise invalid(f"max_entries is {request.max_entries}", "give 0 for all, or a number above")
-        left = [volume for volume in self._volumes.list() if not token or volume.id > token.removeprefix(_AFTER)]
+        after = token.removeprefix(_AFTER)
+        # Inline volumes are kubelet's alone.
+        left = [volume for volume in self._volumes.list() if volume.id > after and not volume.ephemeral]
         page = left[: request.max_entries or None]
         return csi_pb2.ListVolumesResponse(
             entries=[csi_pb2.ListVolumesResponse.Entry(volume=self._wire(volume)) for volume in page],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 _ROOT = Path(__file__).parents[1]
 STUBS = _ROOT / "csi" / "stubs"
-FILES = ("csi", "registration")
+FILES = ("csi", "health", "registration")
 
 
 def generate(target: Path) -> None:

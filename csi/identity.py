@@ -20,6 +20,11 @@ class Identity(csi_pb2_grpc.IdentityServicer):
     def __init__(self, settings: Settings, ready: Event) -> None:
         self._settings = settings
         self._ready = ready
+        self._refusal = ""
+
+    def refuse(self, words: str) -> None:
+        """From now on say that kubelet does not take the driver."""
+        self._refusal = words
 
     def GetPluginInfo(
         self, request: csi_pb2.GetPluginInfoRequest, context: ServicerContext
@@ -41,6 +46,8 @@ class Identity(csi_pb2_grpc.IdentityServicer):
 
     def Probe(self, request: csi_pb2.ProbeRequest, context: ServicerContext) -> csi_pb2.ProbeResponse:
         """Whether it serves; FAILED_PRECONDITION names what the node lacks."""
+        if self._refusal:
+            raise precondition(f"kubelet has not registered {self._settings.driver_name}: {self._refusal}")
         missing = requirements.missing()
         if missing:
             raise precondition(f"this node lacks {', '.join(missing)}", "install or load it")

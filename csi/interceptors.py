@@ -34,11 +34,13 @@ CODES = {
 # A status travels as a header, and clients take no more than some KiB of those. Characters.
 _LONGEST = 2000
 # Asked every few seconds by those who watch over us: their lines are for debugging only.
-_ASKING = ("Get", "Probe", "List", "NodeGet", "ControllerGet")
+_ASKING = ("Get", "Probe", "Check", "List", "NodeGet", "ControllerGet")
+# Answered before the driver is ready: they are asked whether it is.
+_ALWAYS = ("Identity", "Health")
 
 
 class Calls(grpc.ServerInterceptor):
-    """Wraps every method; until `ready` is set only Identity is answered. `running` counts calls under way."""
+    """Wraps every method; until `ready` is set only Identity and Health answer. `running` counts calls under way."""
 
     def __init__(self, ready: threading.Event) -> None:
         self._ready = ready
@@ -82,7 +84,7 @@ class Calls(grpc.ServerInterceptor):
         start = time.monotonic()
         code = grpc.StatusCode.OK
         try:
-            if not self._ready.is_set() and not service.endswith("Identity"):
+            if not self._ready.is_set() and not service.endswith(_ALWAYS):
                 raise unavailable("the driver is starting", "try again in a moment")
             limits.check(request)
             response = behaviour(request, context)

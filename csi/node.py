@@ -6,7 +6,7 @@ from csi import convert
 from csi.controller import topology
 from csi.stubs import csi_pb2, csi_pb2_grpc
 from plugin.settings import Settings
-from plugin.volumes import Volumes
+from plugin.volumes import Volumes, ephemeral
 
 _Rpc = csi_pb2.NodeServiceCapability.RPC
 _CAPABILITIES = (
@@ -15,6 +15,7 @@ _CAPABILITIES = (
     _Rpc.EXPAND_VOLUME,
     _Rpc.VOLUME_CONDITION,
     _Rpc.SINGLE_NODE_MULTI_WRITER,
+    _Rpc.VOLUME_MOUNT_GROUP,
 )
 _Usage = csi_pb2.VolumeUsage
 
@@ -64,10 +65,20 @@ class Node(csi_pb2_grpc.NodeServicer):
     def NodePublishVolume(
         self, request: csi_pb2.NodePublishVolumeRequest, context: ServicerContext
     ) -> csi_pb2.NodePublishVolumeResponse:
-        """Show the staged volume to a workload."""
+        """Show the staged volume to a workload; an inline one is made for that."""
         volume = convert.required(request.volume_id, "volume_id")
         capability = convert.capability(request.volume_capability, request.HasField("volume_capability"))
         target = convert.path(request.target_path, "target_path")
+        if ephemeral.is_asked(request.volume_context):
+            self._volumes.publish_ephemeral(
+                volume,
+                target,
+                capability,
+                readonly=request.readonly,
+                secrets=dict(request.secrets),
+                context=dict(request.volume_context),
+            )
+            return csi_pb2.NodePublishVolumeResponse()
         staging = convert.staging_path(request.staging_target_path)
         self._volumes.publish(volume, staging, target, capability, request.readonly)
         return csi_pb2.NodePublishVolumeResponse()

@@ -24,6 +24,13 @@ class Settings:
     node_id: str = _setting(socket.gethostname(), "this node's name in CSI")
     driver_name: str = _setting("driver.longhorn.io", "the CSI driver's name")
     metrics_address: str = _setting("", "serve Prometheus metrics at this HOST:PORT; empty: not at all")
+    health_address: str = _setting("", "answer gRPC health checks at this HOST:PORT too; empty: on the CSI socket only")
+    registration_dir: str = _setting(
+        "",
+        "kubelet's directory for plugins, /var/lib/kubelet/plugins_registry, to register there; empty: a sidecar does",
+        env="EBI_KUBELET_REGISTRATION",
+    )
+    kubelet_endpoint: str = _setting("", "the CSI socket by the path at which kubelet sees it; empty: the same path")
     grace_seconds: float = _setting(30.0, "how long running calls may take to finish after SIGTERM, in seconds")
     log_level: str = _setting("info", "debug, info, warning or error")
     log_format: str = _setting("text", "log lines as text or as json")

@@ -7,6 +7,7 @@ Numbers and structures: include/uapi/linux/loop.h.
 
 import errno
 import fcntl
+import logging
 import os
 import struct
 from collections.abc import Iterator
@@ -16,10 +17,13 @@ from pathlib import Path
 
 from plugin.errors import EbiError, exhausted, unavailable
 
+log = logging.getLogger(__name__)
+
 _GET_STATUS64 = 0x4C05
 _CLEAR = 0x4C01
 _SET_CAPACITY = 0x4C07
 _CONFIGURE = 0x4C0A
+_CONTROL_REMOVE = 0x4C81
 _CONTROL_GET_FREE = 0x4C82
 
 _READ_ONLY = 1
@@ -49,28 +53,35 @@ class Backing:
 
 
 @contextmanager
-def attached(path: Path, *, readonly: bool = False, direct_io: bool = False) -> Iterator[Path]:
+def attached(path: Path, *, readonly: bool = False, direct_io: bool = False, discards: bool = True) -> Iterator[Path]:
     """`path` as a block device for as long as the block runs, and on while something has it open.
 
-    Yields the device, such as /dev/loop3. Raises EXHAUSTED when there is no loop device to be had, and UNAVAILABLE
-    when the kernel has none at all.
+    Without `discards` it punches no holes into the file, neither for discards nor for zeros to be written. Yields the
+    device, such as /dev/loop3. Raises EXHAUSTED when there is no loop device to be had, and UNAVAILABLE when the kernel
+    has none at all.
     """
     file = os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
     try:
-        number, loop = _configure(file, path, (_READ_ONLY if readonly else 0) | (_DIRECT_IO if direct_io else 0))
+        flags = (_READ_ONLY if readonly else 0) | (_DIRECT_IO if direct_io else 0)
+        number, loop = _configure(file, path, flags, discards=discards and not readonly)
     finally:
         os.close(file)  # the kernel holds its own reference
     try:
+        if not discards:
+            _refuse_discards(number)
         yield Path(f"/dev/loop{number}")
     finally:
         os.close(loop)
 
 
-def _configure(file: int, path: Path, flags: int) -> tuple[int, int]:
+def _configure(file: int, path: Path, flags: int, *, discards: bool) -> tuple[int, int]:
     info = _INFO.pack(0, 0, 0, 0, 0, 0, 0, 0, flags | _AUTOCLEAR, os.fsencode(path)[:63], b"")
     config = _CONFIG.pack(file, 0, info, b"")
     for _ in range(_ATTEMPTS):
         number = _free_number()
+        if discards and _was_refusing(number):
+            _remove(number)
+            continue
         try:
             loop = os.open(f"/dev/loop{number}", (os.O_RDONLY if flags & _READ_ONLY else os.O_RDWR) | os.O_CLOEXEC)
         except (FileNotFoundError, OSError) as error:
@@ -89,6 +100,34 @@ def _configure(file: int, path: Path, flags: int) -> tuple[int, int]:
             ) from error
         return number, loop
     raise exhausted(f"no loop device is to be had for {path}", "see losetup --list for what takes them")
+
+
+def _refuse_discards(number: int) -> None:
+    """In drivers/block/loop.c a loop that takes no discards refuses REQ_OP_WRITE_ZEROES too: zeros are written then."""
+    try:
+        (_SYSFS / f"loop{number}/queue/discard_max_bytes").write_text("0")
+    except OSError as error:
+        log.warning("loop%d may punch holes into its file: %s", number, error.strerror)
+
+
+def _was_refusing(number: int) -> bool:
+    """Whether a free loop had its discards taken: newer kernels keep that, and it can't be given back."""
+    queue = _SYSFS / f"loop{number}/queue"
+    try:
+        most, now = (int((queue / f"discard_max_{name}").read_text()) for name in ("hw_bytes", "bytes"))
+    except OSError:
+        return False
+    return most > 0 and now == 0
+
+
+def _remove(number: int) -> None:
+    control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(control, _CONTROL_REMOVE, number)
+    except OSError as error:  # somebody has just taken it
+        log.debug("loop%d stays: %s", number, error.strerror)
+    finally:
+        os.close(control)
 
 
 def _free_number() -> int:

@@ -19,7 +19,10 @@ from plugin.host.run import run
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 # System calls without a wrapper in older C libraries; these numbers are the same on every architecture that we know.
-_OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
+_OPEN_TREE, _MOVE_MOUNT, _OPENAT2, _MOUNT_SETATTR = 428, 429, 437, 442
+_RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS = 0x2, 0x4
+# struct open_how: flags, mode, resolve.
+_OPEN_HOW = struct.Struct("=3Q")
 _OPEN_TREE_CLONE = 1
 _AT_FDCWD, _AT_EMPTY_PATH = -100, 0x1000
 _MOVE_FROM_EMPTY, _MOVE_TO_EMPTY = 0x4, 0x40
@@ -83,17 +86,25 @@ def at(target: Path) -> Mount | None:
     return next((mount for mount in reversed(table()) if mount.target == where), None)
 
 
+def containing(path: Path) -> Mount | None:
+    """The mount that shows what is at `path`, which is in the form of mountinfo and need not exist."""
+    above = [mount for mount in table() if path.is_relative_to(mount.target)]
+    return max(reversed(above), key=lambda mount: len(mount.target.parts), default=None)
+
+
 def mount(device: Path, target: Path, fs_type: str, options: Iterable[str] = ()) -> None:
-    """Mount the filesystem on `device` at the directory `target`. Raises `CommandError`."""
+    """Mount the filesystem on `device` at the directory `target`. Raises `CommandError`, INVALID."""
     joined = ",".join(options)
-    run(["mount", "--types", fs_type, *(["--options", joined] if joined else []), "--", str(device), str(target)])
+    argv = ["mount", "--no-canonicalize", "--types", fs_type, *(["--options", joined] if joined else [])]
+    with opened(target) as end:
+        run([*argv, "--", str(device), f"/proc/self/fd/{end}"], fds=(end,))
 
 
 def bind(source: Path, target: Path, *, readonly: bool = False) -> None:
     """Let `target` (a directory, or a file for a file) show what is at `source`. Raises EbiError."""
     what = f"bind {source} at {target}"
-    with _opened(target) as end:
-        tree = _call(what, _OPEN_TREE, _AT_FDCWD, bytes(source), _OPEN_TREE_CLONE | os.O_CLOEXEC)
+    with opened(source) as start, opened(target) as end:
+        tree = _call(what, _OPEN_TREE, start, b"", _AT_EMPTY_PATH | _OPEN_TREE_CLONE | os.O_CLOEXEC)
         try:
             if readonly:
                 attributes = _MOUNT_ATTR.pack(_ATTR_RDONLY, 0, 0, 0)
@@ -104,11 +115,16 @@ def bind(source: Path, target: Path, *, readonly: bool = False) -> None:
 
 
 @contextmanager
-def _opened(target: Path) -> Iterator[int]:
+def opened(path: Path) -> Iterator[int]:
+    """A descriptor (O_PATH) of `path`, in the form of mountinfo: no symbolic link is followed on the whole way.
+
+    Raises INVALID where there is none.
+    """
+    how = _OPEN_HOW.pack(os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, 0, _RESOLVE_NO_SYMLINKS | _RESOLVE_NO_MAGICLINKS)
     try:
-        fd = os.open(target, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError as error:
-        raise invalid(f"cannot mount at {target}: {error.strerror}", "give a path whose parent exists") from error
+        fd = _call(f"open {path}", _OPENAT2, _AT_FDCWD, os.fsencode(path), how, len(how))
+    except EbiError as error:
+        raise invalid(f"cannot use the path {path}: {error.message}", "give a path whose parent exists") from error
     try:
         yield fd
     finally:
@@ -118,8 +134,9 @@ def _opened(target: Path) -> Iterator[int]:
 def unmount(target: Path) -> bool:
     """Unmount what is mounted at `target`, all of it; False if nothing was. Raises PRECONDITION while it is in use."""
     done = False
-    while at(target) is not None:
-        if _LIBC.umount2(bytes(target), _UMOUNT_NOFOLLOW) != 0:
+    where = canonical(target)
+    while at(where) is not None:
+        if _LIBC.umount2(bytes(where), _UMOUNT_NOFOLLOW) != 0:
             code = ctypes.get_errno()
             if code == errno.EBUSY:
                 raise precondition(f"{target} is in use", "end the processes that have files open there; see fuser -vm")

@@ -1,30 +1,47 @@
-"""What the driver needs of a node: programs, and the kernel's device-mapper targets."""
+"""What the driver needs of a node: tools, kernel modules, and the permission to use what they offer."""
 
+import os
 import shutil
+from pathlib import Path
 
 from plugin.errors import EbiError
 from plugin.host.run import environment, run
 
-_PROGRAMS = ("cryptsetup", "dmsetup", "blkid", "mount", "mkfs.ext4")
+_TOOLS = ("cryptsetup", "dmsetup", "blkid", "mount", "mkfs.ext4")
 _TARGETS = ("crypt", "snapshot", "zero", "linear")
+# The device node, and the module that makes it.
+_NODES = {Path("/dev/mapper/control"): "dm-mod", Path("/dev/loop-control"): "loop"}
 
 
 def missing() -> list[str]:
-    """The names of programs and kernel parts that are not there; modules that can be loaded are."""
+    """The tools, modules and permissions that are not there, each with its kind; modules that can be loaded are."""
     path = environment()["PATH"]
-    absent = [f"the program {name}" for name in _PROGRAMS if shutil.which(name, path=path) is None]
-    if absent:
-        return absent
+    absent = [f"the tool {name}" for name in _TOOLS if shutil.which(name, path=path) is None]
+    unusable = [found for node, module in _NODES.items() if (found := _unusable(node, module))]
+    if absent or unusable:
+        return [*absent, *unusable]
     lacking = _lacking()
     for target in lacking:
         _load(f"dm-{target}")
-    return [f"the device-mapper target {target}" for target in (_lacking() if lacking else [])]
+    return [f"the module dm-{target}" for target in (_lacking() if lacking else [])]
+
+
+def _unusable(node: Path, module: str) -> str:
+    if not node.exists():
+        _load(module)
+    try:
+        os.close(os.open(node, os.O_RDWR | os.O_CLOEXEC))
+    except PermissionError:  # also what a container's device cgroup says
+        return f"the permission to open {node}"
+    except OSError:
+        return f"the module {module} ({node})"
+    return ""
 
 
 def _lacking() -> list[str]:
     try:
         listed = run(["dmsetup", "targets"]).stdout.decode()
-    except EbiError:  # no device-mapper at all, or not for us
+    except EbiError:
         return list(_TARGETS)
     present = {line.split()[0] for line in listed.splitlines() if line}
     return [target for target in _TARGETS if target not in present]

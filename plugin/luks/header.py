@@ -34,12 +34,13 @@ def create(
     owner: str,
     cost: Pbkdf | None = None,
     step: str = "",
+    uuid: str = "",
 ) -> None:
     """Write a LUKS2 header for `volume_key` into the first 16 MiB of the file or device `path`.
 
-    The payload behind it is not touched. The key derivation costs `cost`, or what `parameters` say; no
-    benchmark runs. `step` names its time in `plugin.events`, here and below. Raises INVALID when cryptsetup does not
-    take the parameters, EXHAUSTED without memory to derive.
+    The payload behind it is not touched. `uuid` is the one it shall bear, "" for a random one. The key derivation
+    costs `cost`, or what `parameters` say; no benchmark runs. `step` names its time in `plugin.events`, here and below.
+    Raises INVALID when cryptsetup does not take the parameters, EXHAUSTED without memory to derive.
     """
     pbkdf = cost or parameters.pbkdf
     with deriving([pbkdf], step), secret_fd(volume_key) as fd:
@@ -47,6 +48,7 @@ def create(
         argv += ["--cipher", parameters.cipher, "--key-size", str(parameters.key_size), "--hash", parameters.hash]
         argv += [*pbkdf.arguments(), "--sector-size", str(sector_size), "--offset", str(PAYLOAD_OFFSET // 512)]
         argv += ["--volume-key-file", f"/proc/self/fd/{fd}"]
+        argv += ["--uuid", uuid] if uuid else []
         try:
             run([*argv, "--", str(path)], stdin=parameters.passphrase, fds=(fd,))
         except CommandError as error:

@@ -1,17 +1,17 @@
 """Which layers a volume has, and how its LUKS devices are opened."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from plugin import events
-from plugin.errors import EbiError, precondition
-from plugin.host import blockdev
 from plugin.images import BackingImage
 from plugin.luks import header, mapping
+from plugin.luks.flags import NONE, Flags
 from plugin.luks.parameters import SecretParameters
 from plugin.volumes import imagemap, names
 from plugin.volumes.layers import Base, Crypt, DeviceBacking, FileBacking, Layer, Linear, Snapshot
+from plugin.volumes.parameters import parse
 from plugin.volumes.record import Volume
 from plugin.volumes.stack import Stack
 
@@ -34,7 +34,8 @@ def volume(record: Volume, image: BackingImage | None, keys: Keys, *, block: boo
     `block` says that its first use is as a raw device.
     """
     fresh = not record.formatted
-    top, below = names.top(record.id), FileBacking(record.path)
+    flags = parse(record.parameters).flags
+    top, below = names.top(record.id), FileBacking(record.path, discards=flags.discards)
     own = top if image is None else names.store(record.id)
 
     def unlock(device: Path) -> None:
@@ -57,7 +58,7 @@ def volume(record: Volume, image: BackingImage | None, keys: Keys, *, block: boo
             step="format_volume",
         )
         with events.step("unlock_volume"):
-            mapping.open_with_key(device, own, key, record.described)
+            mapping.open_with_key(device, own, key, record.described, flags=flags.arguments())
 
     lowest: Layer = Crypt(own, below, unlock) if record.encrypted else Linear(own, below)
     if image is None:
@@ -73,34 +74,19 @@ def volume(record: Volume, image: BackingImage | None, keys: Keys, *, block: boo
     return Stack([base, lowest, Snapshot(top, base.name, own, record.capacity, record.chunk, fresh)])
 
 
-def attached(volume_id: str, device: Path, keys: Keys, *, encrypted: bool) -> Stack:
+def mapped(volume_id: str, device: Path, keys: Keys, *, encrypted: bool, flags: Flags = NONE) -> Stack:
     """The stack of a volume that another system attaches as `device`: LUKS2 if `encrypted`, else as it is.
 
-    Raises PRECONDITION when the device holds something else, or nothing: it is never formatted here.
+    `flags` are written into the header where they are not in it yet.
     """
-    found = blockdev.probe(device)
-    what = "nothing that is known" if found is None else found.type
-    if not encrypted and found is not None and found.type == "crypto_LUKS":
-        raise _refused(volume_id, device, what, "plain", 'give it encrypted: "true" and its secret')
-    if encrypted and (found is None or found.type != "crypto_LUKS"):
-        # That it reads as zeros would not prove that it is new: a degraded one may read so, too.
-        raise _refused(volume_id, device, what, "encrypted", "it is not formatted unless it is known to be new")
-    return mapped(volume_id, device, keys, encrypted=encrypted)
-
-
-def mapped(volume_id: str, device: Path, keys: Keys, *, encrypted: bool) -> Stack:
-    """The same, for a device that need not be looked at."""
     top, backing = names.top(volume_id), DeviceBacking(device)
 
     def unlock(opened: Path) -> None:
-        _open(opened, top, keys.parameters(), f"encrypted volume {volume_id}")
+        kept = header.read(opened).json["config"].get("flags", []) if flags.names else ()
+        _open(opened, top, keys.parameters(), f"encrypted volume {volume_id}", flags.arguments(kept))
 
     return Stack([Crypt(top, backing, unlock) if encrypted else Linear(top, backing)])
 
 
-def _refused(volume_id: str, device: Path, found: str, sort: str, hint: str) -> EbiError:
-    return precondition(f"unsupported disk encryption format {found} on {device} of {sort} volume {volume_id}", hint)
-
-
-def _open(device: Path, name: str, parameters: SecretParameters, owner: str) -> None:
-    mapping.open_with_passphrase(device, name, parameters.passphrase, owner, step="unlock_volume")
+def _open(device: Path, name: str, parameters: SecretParameters, owner: str, options: Sequence[str] = ()) -> None:
+    mapping.open_with_passphrase(device, name, parameters.passphrase, owner, flags=options, step="unlock_volume")

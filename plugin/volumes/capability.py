@@ -35,9 +35,14 @@ class AccessMode(Enum):
 _DENIED_NAMES = """
     bind rbind move rmove remount shared rshared slave rslave private rprivate unbindable runbindable
     loop offset sizelimit encryption helper uhelper suid dev user users owner group fscontext rootcontext defcontext
-    device journal_path journal_dev logdev rtdev
+    device journal_path journal_dev logdev rtdev fatal_errors
 """
+# Whole options: they would let a broken filesystem take the node down.
+_DENIED_OPTIONS = frozenset({"errors=panic"})
+# libmount's own: it would make directories, or open files of the node as dm-verity devices.
+_DENIED_PREFIXES = ("x-", "verity.")
 _DENIED = frozenset(_DENIED_NAMES.split())
+_LAST_GROUP = (1 << 32) - 2  # the one behind it means "leave it" to chown(2)
 
 
 @dataclass(frozen=True)
@@ -54,15 +59,31 @@ class Capability:
     mount_group: str = ""
 
     @property
+    def reads_only(self) -> bool:
+        """Whether nothing shall be written: by its access mode, or by its mount options."""
+        return self.access.reads_only or (not self.block and "ro" in self.options)
+
+    @property
+    def group(self) -> int | None:
+        """The mount group as a number; None for none. Raises INVALID for what is no group id."""
+        text = self.mount_group
+        if not text:
+            return None
+        if not (text.isascii() and text.isdigit() and len(text) <= 10 and int(text) <= _LAST_GROUP):
+            raise invalid(f"invalid volume_mount_group {text!r}", f"give a group id from 0 to {_LAST_GROUP}")
+        return int(text)
+
+    @property
     def options(self) -> tuple[str, ...]:
         """Its mount options, one each."""
         return tuple(option for flag in self.mount_flags for option in flag.split(",") if option)
 
     def check(self) -> None:
-        """Raise INVALID naming a filesystem or a mount option that is not to be had."""
+        """Raise INVALID naming a filesystem, a mount option or a group that is not to be had."""
+        _ = self.group
         if self.fs_type not in ("", *FILESYSTEMS):
             raise invalid(f"unsupported filesystem {self.fs_type!r}", f"use one of {', '.join(FILESYSTEMS)}")
         for option in self.options:
-            name = option.partition("=")[0].lower()
-            if name in _DENIED or name.startswith("x-"):
+            name = option.partition("=")[0].strip().lower()
+            if name in _DENIED or name.startswith(_DENIED_PREFIXES) or option.strip().lower() in _DENIED_OPTIONS:
                 raise invalid(f"the mount option {name!r} is not allowed", "take it out of mountOptions")

@@ -11,10 +11,11 @@ from plugin.host.run import run
 
 # A filesystem that is short of its device by less than this has reached it: it grows by whole groups of blocks.
 _SLACK = 1 << 20
+# None discards: what is new is blank, and a discarded file has lost the blocks that were reserved for it.
 _MKFS = {
-    "ext4": ("mkfs.ext4", "-q", "-F", "-m", "0"),
-    "xfs": ("mkfs.xfs", "-q", "-f"),
-    "btrfs": ("mkfs.btrfs", "-q", "-f"),
+    "ext4": ("mkfs.ext4", "-q", "-F", "-m", "0", "-E", "nodiscard"),
+    "xfs": ("mkfs.xfs", "-q", "-f", "-K"),
+    "btrfs": ("mkfs.btrfs", "-q", "-f", "-K"),
 }
 # e2fsck(8): 1 errors corrected, 2 corrected and a reboot advised, which an unmounted filesystem does not need.
 _FSCK_FINE = (0, 1, 2)
@@ -25,6 +26,11 @@ def make(device: Path, fs_type: str, options: Sequence[str]) -> None:
     with events.step("mkfs"):
         run([*_MKFS[fs_type], *options, str(device)])
         blockdev.flush(device)
+
+
+def with_uuid(fs_type: str, uuid: str) -> list[str]:
+    """The options of mkfs that give the filesystem this UUID."""
+    return ["-m", f"uuid={uuid}"] if fs_type == "xfs" else ["-U", uuid]
 
 
 def find(device: Path, wanted: str, owner: str) -> Signature:

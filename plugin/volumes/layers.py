@@ -16,7 +16,7 @@ from plugin.host import blockdev, dm, loop
 from plugin.host.dm import Mapper
 from plugin.host.files import Extent
 from plugin.luks import mapping
-from plugin.volumes import tables
+from plugin.volumes import names, tables
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +40,14 @@ class Backing(Protocol):
 
 @dataclass(frozen=True)
 class FileBacking:
-    """A file, through a loop device that lives as long as the mapper on it."""
+    """A file, through a loop device that lives as long as the mapper on it.
+
+    Only with `discards` does the file lose blocks by what is done to the device: see decision 072.
+    """
 
     path: Path
     readonly: bool = False
+    discards: bool = False
 
     def is_under(self, mapper: Mapper) -> bool:
         """By device and inode: a deleted file's namesake is another file."""
@@ -52,7 +56,9 @@ class FileBacking:
     @contextmanager
     def opened(self) -> Iterator[Path]:
         """A new loop; for writing it goes past the page cache, which the filesystem above has already."""
-        with loop.attached(self.path, readonly=self.readonly, direct_io=not self.readonly) as device:
+        with loop.attached(
+            self.path, readonly=self.readonly, direct_io=not self.readonly, discards=self.discards
+        ) as device:
             yield device
 
     def refresh(self, mapper: Mapper) -> None:
@@ -221,6 +227,11 @@ class Snapshot:
 
     def _table(self) -> str:
         return tables.snapshot(_there(self.base).number, _there(self.store).number, self.capacity, self.chunk)
+
+
+def readonly(volume: str) -> Linear:
+    """The raw device of `volume` as one that can't be written."""
+    return Linear(names.readonly(volume), DeviceBacking(dm.path(names.top(volume))), readonly=True)
 
 
 def ensure(layer: Layer) -> bool:

@@ -5,7 +5,8 @@ import re
 
 from plugin.host.udev import PREFIX
 
-_ID = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")
+# 68 characters are what kubelet gives an inline volume; with the longest prefix a mapper's name may have 127.
+_ID = re.compile(r"[a-z0-9]([-a-z0-9.]{0,66}[a-z0-9])?")
 READONLY = f"{PREFIX}ro-"
 TOP = f"{PREFIX}vol-"
 STORE = f"{PREFIX}cow-"
@@ -50,7 +51,7 @@ def image(uuid: str) -> str:
 
 
 def is_volume_id(text: str) -> bool:
-    """Whether `text` can be a volume's id: a part of a path, a mapper's name and a label."""
+    """Whether `text` can be a volume's id: a part of a path and of a mapper's name."""
     return _ID.fullmatch(text) is not None
 
 

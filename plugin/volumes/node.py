@@ -1,4 +1,4 @@
-"""The node's side: a volume is staged (mapped, its filesystem mounted), published at paths, and taken down again.
+"""The node's side: a volume is staged (mapped, its filesystem mounted), grown, and taken down again.
 
 Each call first looks at what is there and does only what is missing, so that one cut short is finished by the next.
 """
@@ -15,12 +15,12 @@ from plugin.host import blockdev, dm, mounts
 from plugin.host.lock import locked
 from plugin.images import BackingImage, Images
 from plugin.settings import Settings
-from plugin.volumes import assemble, filesystem, names, paths, usage
+from plugin.volumes import assemble, attached, filesystem, group, layers, names, paths, usage
 from plugin.volumes.assemble import Keys
+from plugin.volumes.attached import Attached
 from plugin.volumes.capability import Capability
-from plugin.volumes.layers import DeviceBacking, Linear, ensure
 from plugin.volumes.parameters import parse
-from plugin.volumes.record import Records, Volume
+from plugin.volumes.record import STAGING, Records, Volume
 from plugin.volumes.stack import Stack, take_down
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Node:
-    """Stages and publishes the volumes of `records`, and devices that another system attaches."""
+    """Stages the volumes of `records`, and devices that another system attaches."""
 
     records: Records
     images: Images
@@ -51,6 +51,12 @@ class Node:
                 if directory.exists() and not any(directory.iterdir()):
                     directory.rmdir()
 
+    def staging_path(self, volume: str, path: Path) -> Path:
+        """`path` checked: one to mount at, or this driver's own for an ephemeral volume. Raises INVALID."""
+        if path == self.records.directory(volume) / STAGING:
+            return paths.checked(path, "staging path")
+        return paths.usable(path, "staging path", self.settings)
+
     def stage(
         self,
         volume: str,
@@ -60,16 +66,18 @@ class Node:
         context: Mapping[str, str],
     ) -> None:
         """Map the volume, and mount its filesystem at `staging` unless it is for raw use."""
-        staging = paths.checked(staging, "staging path", self.settings.target_root)
+        staging = self.staging_path(volume, staging)
         capability.check()
         with self.operation(volume):
-            if self._is_staged(volume, staging, capability):
-                return
-            record = self.records.find(volume)
-            if record is not None:
-                self._stage_ours(record, staging, capability, secrets)
-            else:
-                self._stage_attached(volume, staging, capability, secrets, context)
+            if not self._is_staged(volume, staging, capability):
+                record = self.records.find(volume)
+                if record is not None:
+                    self._stage_ours(record, staging, capability, secrets)
+                else:
+                    self._stage_attached(volume, staging, capability, secrets, context)
+            staged = mounts.at(staging)
+            if staged is not None and not staged.readonly and not capability.reads_only:
+                group.give(staging, capability.group)
 
     def _is_staged(self, volume: str, staging: Path, capability: Capability) -> bool:
         found = mounts.at(staging)
@@ -87,8 +95,8 @@ class Node:
             return False
         if not usage.is_filesystem(found, volume):
             raise exists(f"{staging} has {found.source} mounted, not volume {volume}", "unmount that first")
-        if dm.find(names.top(volume)) is None:
-            log.warning("unmounting %s: the device of volume %s is gone", staging, volume)
+        if dm.find(names.top(volume)) is None or not self._stands(volume):
+            log.warning("unmounting %s: the device of volume %s is gone, or another one now", staging, volume)
             mounts.unmount(staging)
             return False
         if capability.fs_type not in ("", found.fs_type) or ("ro" in capability.options) != ("ro" in found.options):
@@ -98,6 +106,10 @@ class Node:
                 "unstage it first",
             )
         return True
+
+    def _stands(self, volume: str) -> bool:
+        """Whether a volume of another system stands on the device that is attached now. Raises NOT_FOUND for none."""
+        return self.records.find(volume) is not None or self.stack(volume).is_right()
 
     def _stage_ours(
         self,
@@ -109,6 +121,7 @@ class Node:
         image = self.image(record)
         if image is not None:
             self.images.raw(image.name)  # a compressed one has to be unpacked before it can be a device
+        self._reserve_again(record)
         if not record.formatted:
             take_down(names.mappers(record.id))  # half made by one that was cut short, under who knows which key
         stack = assemble.volume(record, image, Keys(secrets, record.described), block=capability.block)
@@ -124,6 +137,19 @@ class Node:
                 wanted = capability.fs_type or record.fs_type
                 self._mount(record.id, staging, wanted, capability.options)
 
+    def _reserve_again(self, record: Volume) -> None:
+        if not record.path.exists():
+            raise precondition(f"the file of {record.described} is missing", f"it was {record.path}")
+        if record.is_reserved or parse(record.parameters).flags.discards:
+            return
+        # Somebody has punched holes, through the raw device or from outside. The data is whole all the same.
+        log.warning("%s has lost blocks that were reserved for it", record.described)
+        try:
+            with events.step("reserve"):
+                record.reserve()
+        except EbiError as error:
+            log.warning("%s", error)
+
     def _stage_attached(
         self,
         volume: str,
@@ -135,9 +161,10 @@ class Node:
         device = self._device(volume)
         if device is None:
             raise not_found(f"volume {volume} does not exist", "see ebi get volumes, or is its device attached here?")
-        encrypted = parse({"encrypted": context.get("encrypted", "")}).encrypted
-        stack = assemble.attached(volume, device, Keys(secrets, f"encrypted volume {volume}"), encrypted=encrypted)
+        found = Attached(volume, device, attached.parse(context), attached.Marks(self.records.root.parent / "attached"))
+        stack = found.stack(Keys(secrets, found.owner), block=capability.block)
         with stack.built():
+            found.finish(dm.path(stack.top), capability)
             if not capability.block:
                 self._mount(volume, staging, capability.fs_type, capability.options)
 
@@ -176,79 +203,13 @@ class Node:
                     mounts.unmount(staging)
             take_down(names.mappers(volume))
 
-    def publish(self, volume: str, staging: Path, target: Path, capability: Capability, readonly: bool) -> None:
-        """Show the staged volume at `target`: a directory, or a file for raw use; `readonly` for looking only."""
-        target = paths.checked(target, "target path", self.settings.target_root)
-        readonly = readonly or capability.access.reads_only
-        with self.operation(volume):
-            self._must_exist(volume)
-            source = self._source(volume, staging, capability, readonly=readonly)
-            found = mounts.at(target)
-            if found is not None:
-                ours = usage.is_device(found, volume) if capability.block else usage.is_filesystem(found, volume)
-                if not ours:
-                    raise exists(f"{target} has {found.source} mounted, not volume {volume}", "unpublish that first")
-                if readonly != usage.is_readonly(found, volume):
-                    raise exists(
-                        f"volume {volume} is published at {target} {'for writing' if readonly else 'read-only'}",
-                        "unpublish it first",
-                    )
-                return
-            others = usage.published(volume, staging)
-            if others and capability.access.one_path:
-                raise precondition(
-                    f"volume {volume} is published at {min(others)} already, and its access mode"
-                    f" {capability.access.value} allows one path",
-                    "unpublish it there, or use SINGLE_NODE_MULTI_WRITER",
-                )
-            made = paths.make_target(target, block=capability.block)
-            try:
-                with events.step("mount"):
-                    mounts.bind(source, target, readonly=readonly)
-            except BaseException:
-                if made:
-                    paths.remove_target(target)
-                raise
-
-    def _source(self, volume: str, staging: Path, capability: Capability, *, readonly: bool) -> Path:
-        device = dm.find(names.top(volume))
-        if device is None:
-            raise precondition(f"volume {volume} is not staged", "stage it first")
-        if capability.block:
-            if usage.filesystems(volume):
-                raise exists(f"volume {volume} is staged as a filesystem", "unstage it before using it raw")
-            if readonly:
-                ensure(_readonly(volume))
-                return dm.path(names.readonly(volume)).resolve()
-            return device.path.resolve()
-        staging = paths.checked(staging, "staging path", self.settings.target_root)
-        found = mounts.at(staging)
-        if found is None or not usage.is_filesystem(found, volume):
-            raise precondition(f"volume {volume} is not staged at {staging}", "stage it there first")
-        return staging
-
-    def unpublish(self, volume: str, target: Path) -> None:
-        """Take the volume away from `target`, and `target` with it; what is not there is fine."""
-        target = paths.checked(target, "target path")
-        with self.operation(volume):
-            found = mounts.at(target)
-            if found is not None:
-                ours = usage.is_filesystem(found, volume) or usage.is_device(found, volume)
-                if not ours and not usage.is_stale_device(found):
-                    raise exists(f"{target} has {found.source} mounted, not volume {volume}", "it is left alone")
-                with events.step("unmount"):
-                    mounts.unmount(target)
-            if not usage.readonly_devices(volume):
-                dm.remove(names.readonly(volume))
-            paths.remove_target(target)
-
     def expand(self, volume: str, path: Path, capacity: int) -> int:
         """Have the mapped volume and its filesystem take the volume's present size; returns that, in bytes.
 
         Raises OUT_OF_RANGE when `capacity` is more than the volume was made or grown to.
         """
         with self.operation(volume):
-            self._must_exist(volume)
+            self.must_exist(volume)
             shown = {mount.target: mount for mount in usage.filesystems(volume) + usage.devices(volume)}
             mapper = dm.find(names.top(volume))
             where = mounts.canonical(path)
@@ -266,7 +227,7 @@ class Node:
             with events.step("grow"):
                 stack.grow(wanted)
                 if dm.find(names.readonly(volume)):
-                    _readonly(volume).grow()
+                    layers.readonly(volume).grow()
                 if writable is not None:
                     filesystem.grow(mapper.path, writable.fs_type, writable.target)
             return wanted or blockdev.size(mapper.path)
@@ -283,7 +244,8 @@ class Node:
         mapper = dm.find(names.top(volume))
         return assemble.mapped(volume, device, none, encrypted=mapper is not None and mapper.uuid.startswith("CRYPT-"))
 
-    def _must_exist(self, volume: str) -> None:
+    def must_exist(self, volume: str) -> None:
+        """Raise NOT_FOUND for a volume that is neither ours, nor attached, nor mapped."""
         if self.records.find(volume) is None and not self.has_device(volume) and not dm.find(names.top(volume)):
             raise not_found(f"volume {volume} does not exist", "see ebi get volumes")
 
@@ -292,7 +254,7 @@ class Node:
         return self._device(volume) is not None
 
     def _device(self, volume: str) -> Path | None:
-        if not self.settings.device_template:
+        if not self.settings.device_template or not names.is_volume_id(volume):
             return None
         path = Path(self.settings.device_template.format(volume=volume))
         try:
@@ -312,7 +274,3 @@ class Node:
                 f"the volume needs the image with uuid {record.image_uuid}",
             )
         return image
-
-
-def _readonly(volume: str) -> Linear:
-    return Linear(names.readonly(volume), DeviceBacking(dm.path(names.top(volume))), readonly=True)

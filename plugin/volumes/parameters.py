@@ -2,12 +2,13 @@
 
 import json
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from plugin.errors import EbiError, invalid
+from plugin.luks.flags import Flags
+from plugin.volumes import mkfs
 from plugin.volumes.capability import FILESYSTEMS
 
 # They steer Longhorn's replication and choice of nodes; here a volume is one file on one node.
@@ -16,6 +17,9 @@ _NO_EFFECT_NAMES = """
     backingImageMinNumberOfCopies backingImageNodeSelector backingImageDiskSelector
 """
 _NO_EFFECT = frozenset(_NO_EFFECT_NAMES.split())
+_DISCARD = "discard"
+_WORKQUEUES = ("cryptNoReadWorkqueue", "cryptNoWriteWorkqueue")
+FLAGS = (_DISCARD, *_WORKQUEUES)
 # What the orchestrator keeps for itself, should it come through all the same.
 _ORCHESTRATOR = "csi.storage.k8s.io/"
 
@@ -32,6 +36,7 @@ class VolumeParameters:
     image_checksum: str = ""
     fs_type: str = ""
     mkfs_options: tuple[str, ...] = ()
+    flags: Flags = Flags()
     ignored: tuple[str, ...] = ()
 
 
@@ -46,6 +51,7 @@ def parse(parameters: Mapping[str, Any]) -> VolumeParameters:
         "backingImageChecksum",
         "fsType",
         "mkfsParams",
+        *FLAGS,
     }
     unknown = sorted(values.keys() - known - _NO_EFFECT)
     if unknown:
@@ -56,15 +62,17 @@ def parse(parameters: Mapping[str, Any]) -> VolumeParameters:
     fs_type = values.get("fsType", "")
     if fs_type and fs_type not in FILESYSTEMS:
         raise _bad("fsType", fs_type, f"one of {', '.join(FILESYSTEMS)}")
+    encrypted = _boolean("encrypted", values.get("encrypted", ""))
     return VolumeParameters(
         given=values,
-        encrypted=_boolean("encrypted", values.get("encrypted", "")),
+        encrypted=encrypted,
         image=values.get("backingImage", ""),
         image_source_type=values.get("backingImageDataSourceType", ""),
         image_source_parameters=_mapping(values.get("backingImageDataSourceParameters", "")),
         image_checksum=checksum.lower(),
         fs_type=fs_type,
         mkfs_options=_options(values.get("mkfsParams", "")),
+        flags=_flags(values, encrypted=encrypted),
         ignored=tuple(sorted(key for key in values.keys() & _NO_EFFECT if values[key])),
     )
 
@@ -74,6 +82,19 @@ def _boolean(name: str, value: str) -> bool:
         return {"": False, "false": False, "true": True}[value.lower()]
     except KeyError:
         raise _bad(name, value, '"true" or "false"') from None
+
+
+def _flags(values: Mapping[str, str], *, encrypted: bool) -> Flags:
+    discard, reads, writes = (_boolean(name, values.get(name, "")) for name in FLAGS)
+    if (reads or writes) and not encrypted:
+        name = _WORKQUEUES[0] if reads else _WORKQUEUES[1]
+        raise invalid(f"the StorageClass parameter {name} is for encrypted volumes", "take it out")
+    if discard and values.get("backingImage"):
+        raise invalid(
+            f"the StorageClass parameter {_DISCARD} is for volumes that start from no backing image",
+            "take it out: dm-snapshot lets no discards through",
+        )
+    return Flags(discard, reads, writes)
 
 
 def _mapping(value: str) -> Mapping[str, str] | None:
@@ -90,13 +111,9 @@ def _mapping(value: str) -> Mapping[str, str] | None:
 
 def _options(value: str) -> tuple[str, ...]:
     try:
-        options = tuple(shlex.split(value))
-    except ValueError:
-        raise _bad("mkfsParams", value, "options as a shell would split them") from None
-    # mkfs runs as root: a path among its options could name another device, or a file of the host to copy in.
-    if any("/" in option for option in options) or (options and not options[0].startswith("-")):
-        raise _bad("mkfsParams", value, "options without paths")
-    return options
+        return mkfs.options(value)
+    except ValueError as error:
+        raise _bad("mkfsParams", value, f"options of mkfs that name no file and no device: {error}") from None
 
 
 def _bad(name: str, value: str, wanted: str) -> EbiError:

@@ -1,17 +1,19 @@
 """The durable facts of a volume: what was asked for, and whether it was ever formatted. Nothing of what is mounted."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 from plugin.errors import EbiError, not_found
-from plugin.host import dm
+from plugin.host import dm, files
 from plugin.host.files import read_json, write_json
 from plugin.volumes import names, tables
 
 RECORD = "record.json"
 DATA = "volume.img"
+STAGING = "staging"
 LUKS_HEADER = 16 << 20  # bytes before the payload, as cryptsetup makes it
 
 
@@ -20,6 +22,7 @@ class Volume:
     """One volume: `capacity` is what can be used of it in bytes, `chunk` the snapshot's grain in bytes.
 
     `formatted` says that its header, store and filesystem were once made: then nothing is ever formatted again.
+    `ephemeral` is the target path of an inline volume, which goes with its publish; "" for any other.
     """
 
     id: str
@@ -34,6 +37,7 @@ class Volume:
     mkfs_options: tuple[str, ...] = ()
     parameters: Mapping[str, str] = field(default_factory=dict)
     formatted: bool = False
+    ephemeral: str = ""
     directory: Path = field(default=Path(), compare=False)
 
     @classmethod
@@ -61,6 +65,11 @@ class Volume:
         return self.directory / DATA
 
     @property
+    def staging(self) -> Path:
+        """Where an ephemeral one is staged."""
+        return self.directory / STAGING
+
+    @property
     def header_size(self) -> int:
         """Bytes of its file before what the mapper shows."""
         return LUKS_HEADER if self.encrypted else 0
@@ -70,6 +79,26 @@ class Volume:
         """Bytes that its file must have: they come on top of what can be used."""
         payload = tables.store_size(self.capacity, self.chunk) if self.image else self.capacity
         return self.header_size + payload
+
+    @property
+    def is_reserved(self) -> bool:
+        """Whether its file has all of its blocks; one whose owner wants discards may have given some back."""
+        status = self.path.stat()
+        return status.st_size >= self.file_size and status.st_blocks * 512 >= self.file_size
+
+    def reserve(self) -> None:
+        """Have its file there in its full size, on the disk, with every block its own. Raises EXHAUSTED."""
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        before = os.fstat(fd).st_size
+        try:
+            files.preallocate(fd, self.file_size, self.described)
+            os.fsync(fd)
+        except BaseException:
+            if before < self.file_size:
+                os.ftruncate(fd, before)  # gives back what was reserved until the space ran out
+            raise
+        finally:
+            os.close(fd)
 
     @property
     def described(self) -> str:
@@ -97,7 +126,12 @@ class Volume:
                 "encrypted": self.encrypted,
                 "parameters": dict(self.parameters),
             },
-            "status": {"state": self.state, "realSize": real_size, "formatted": self.formatted},
+            "status": {
+                "state": self.state,
+                "realSize": real_size,
+                "formatted": self.formatted,
+                "ephemeral": self.ephemeral,
+            },
         }
 
 

@@ -1,6 +1,6 @@
 """`Volumes`: every call on volumes, the controller's here, the node's handed on."""
 
-import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -9,23 +9,23 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from plugin.errors import EbiError, exists, invalid, out_of_range, precondition
+from plugin.errors import EbiError, Kind, invalid, out_of_range, precondition
 from plugin.findings import Finding
-from plugin.host import dm, files
+from plugin.host import dm, files, mounts
 from plugin.host.lock import locked
 from plugin.images import BackingImage, Images
 from plugin.settings import Settings
-from plugin.volumes import keys, names, parameters, reconcile, stats, tables
+from plugin.volumes import ephemeral, fit, keys, names, parameters, paths, publish, reconcile, stats, tables, usage
 from plugin.volumes.capability import Capability
 from plugin.volumes.node import Node
+from plugin.volumes.ondemand import OnDemand
 from plugin.volumes.parameters import VolumeParameters
 from plugin.volumes.record import DATA, RECORD, Records, Volume
 
+log = logging.getLogger(__name__)
+
 MIB = 1 << 20
 CHUNK = 64 << 10
-DEFAULT_CAPACITY = 1 << 30
-_GRAIN = 4096  # capacities are whole sectors of the largest size
-_XFS_LEAST = 300 * MIB
 
 
 class Volumes:
@@ -34,39 +34,46 @@ class Volumes:
     def __init__(self, root: Path, images: Images, settings: Settings) -> None:
         self._records = Records(root)
         self._images = images
+        self._settings = settings
+        self._on_demand = OnDemand(images)
         self._node = Node(self._records, images, settings)
 
     def create(
-        self, name: str, capacity: int, given: Mapping[str, str], *, limit: int = 0, block: bool = False
+        self,
+        name: str,
+        capacity: int,
+        given: Mapping[str, str],
+        *,
+        limit: int = 0,
+        block: bool = False,
+        target: str = "",
     ) -> Volume:
         """Make the volume `name` of at least `capacity` bytes (0: a default), at most `limit` (0: no bound).
 
-        Its space is reserved on the disk at once. The same call again returns the same volume. Raises EXISTS for
-        another one of that name, INVALID, NOT_FOUND and PRECONDITION about the image, OUT_OF_RANGE, EXHAUSTED.
+        Its space is reserved on the disk at once. `target` is that of an inline volume. The same call again returns
+        the same volume. Raises EXISTS for another one of that name, INVALID, NOT_FOUND and PRECONDITION about the
+        image, UNAVAILABLE while that is being made, OUT_OF_RANGE, EXHAUSTED.
         """
         wanted = parameters.parse(given)
         volume = names.volume_id(name)
+        if wanted.image and self._records.find(volume) is None:
+            self._on_demand.provide(wanted)
         with locked(self._records.directory(volume), f"volume {volume}"):
             found = self._records.find(volume)
             if found is not None:
-                return _same(found, name, capacity, limit, wanted)
+                return fit.same(found, wanted, name=name, capacity=capacity, limit=limit, target=target)
             try:
                 with self._images.held(wanted.image) if wanted.image else nullcontext() as image:
-                    size = _capacity(capacity, limit, wanted, image, block=block)
-                    return self._make(volume, name, size, wanted, image)
+                    size = fit.capacity(wanted, image, asked=capacity, limit=limit, block=block)
+                    record = self._described(name, size, wanted, image)
+                    return self._make(replace(record, ephemeral=target))
             except BaseException:
                 shutil.rmtree(self._records.directory(volume), ignore_errors=True)
                 raise
 
-    def _make(
-        self,
-        volume: str,
-        name: str,
-        capacity: int,
-        wanted: VolumeParameters,
-        image: BackingImage | None,
-    ) -> Volume:
-        record = Volume(
+    def _described(self, name: str, capacity: int, wanted: VolumeParameters, image: BackingImage | None) -> Volume:
+        volume = names.volume_id(name)
+        return Volume(
             id=volume,
             name=name,
             capacity=capacity,
@@ -80,7 +87,9 @@ class Volumes:
             parameters=wanted.given,
             directory=self._records.directory(volume),
         )
-        _reserve(record)
+
+    def _make(self, record: Volume) -> Volume:
+        record.reserve()
         return self._records.save(record)  # the record makes it exist: all else is there
 
     def delete(self, volume: str) -> None:
@@ -153,7 +162,7 @@ class Volumes:
         """
         with self._node.operation(volume):
             record = self._records.get(volume)
-            wanted = max(record.capacity, tables.round_up(capacity, _GRAIN))
+            wanted = max(record.capacity, tables.round_up(capacity, fit.GRAIN))
             if limit and wanted > limit:
                 raise out_of_range(
                     f"volume {volume} has {record.capacity} bytes, {capacity} to {limit} are asked for",
@@ -161,7 +170,7 @@ class Volumes:
                 )
             if wanted > record.capacity:
                 grown = replace(record, capacity=wanted)
-                _reserve(grown)
+                grown.reserve()
                 self._records.save(grown)
             return wanted
 
@@ -182,11 +191,44 @@ class Volumes:
 
     def publish(self, volume: str, staging: Path, target: Path, capability: Capability, readonly: bool) -> None:
         """Show the staged volume at `target`."""
-        self._node.publish(volume, staging, target, capability, readonly)
+        publish.publish(self._node, volume, staging, target, capability, readonly=readonly)
+
+    def publish_ephemeral(
+        self,
+        volume: str,
+        target: Path,
+        capability: Capability,
+        *,
+        readonly: bool,
+        secrets: Mapping[str, str],
+        context: Mapping[str, str],
+    ) -> None:
+        """Make, stage and publish the inline volume that `context` describes; should that fail, nothing of it stays."""
+        target = paths.usable(target, "target path", self._settings)
+        capability.check()
+        if capability.block:
+            raise invalid(f"the inline volume {volume} can't be a raw device", "use a generic ephemeral volume")
+        size, parameters = ephemeral.request(context)
+        record = self.create(volume, size, parameters, target=str(target))
+        try:
+            record.staging.mkdir(mode=0o700, exist_ok=True)
+            self._node.stage(record.id, record.staging, capability, secrets, {})
+            publish.publish(self._node, record.id, record.staging, target, capability, readonly=readonly)
+        except EbiError as error:
+            if error.kind is not Kind.BUSY and not usage.published(record.id, record.staging):
+                self._remove_ephemeral(record)
+            raise
 
     def unpublish(self, volume: str, target: Path) -> None:
-        """Undo `publish`; what is not there is fine."""
-        self._node.unpublish(volume, target)
+        """Undo `publish`; what is not there is fine. An ephemeral volume goes with it."""
+        publish.unpublish(self._node, volume, target)
+        record = self._records.find(volume)
+        if record is not None and record.ephemeral == str(mounts.canonical(target)):
+            self._remove_ephemeral(record)
+
+    def _remove_ephemeral(self, record: Volume) -> None:
+        self._node.unstage(record.id, record.staging)
+        self.delete(record.id)
 
     def node_expand(self, volume: str, path: Path, capacity: int) -> int:
         """Have the mapped volume at `path` take its present size; returns that in bytes."""
@@ -196,9 +238,20 @@ class Volumes:
         """How full and how well the volume at `path` is. Raises NOT_FOUND."""
         return stats.stats(self._node, volume, path)
 
+    def stop(self) -> None:
+        """End what goes on in the background; nothing new is begun."""
+        self._on_demand.stop()
+
     def recover(self) -> None:
         """Clean up, or bring to its end, what a killed process left."""
         reconcile.recover(self._node)
+        for volume in self._records.every():
+            if ephemeral.is_forgotten(volume):
+                log.warning("removing the inline volume %s: its pod has gone", volume.id)
+                try:
+                    self._remove_ephemeral(volume)
+                except EbiError as error:
+                    log.warning("%s", error)
 
     def watching(self) -> AbstractContextManager[None]:
         """Within the block, also when a device of ours vanishes without our doing."""
@@ -207,72 +260,3 @@ class Volumes:
     def examine(self) -> Sequence[Finding]:
         """What is wrong with the volumes, their devices and mounts."""
         return list(reconcile.examine(self._node))
-
-
-def _same(found: Volume, name: str, capacity: int, limit: int, wanted: VolumeParameters) -> Volume:
-    fits = found.capacity >= capacity and (not limit or found.capacity <= limit)
-    if found.name != name or not fits or dict(found.parameters) != dict(wanted.given):
-        raise exists(
-            f"volume {found.id} exists with {found.capacity} bytes and parameters {json.dumps(dict(found.parameters))}",
-            "delete it, or use another name",
-        )
-    return found
-
-
-def _capacity(asked: int, limit: int, wanted: VolumeParameters, image: BackingImage | None, *, block: bool) -> int:
-    if image is not None:
-        _check_image(image, wanted)
-    capacity = tables.round_up(asked or (image.virtual_size if image else DEFAULT_CAPACITY), _GRAIN)
-    if limit and capacity > limit:
-        raise out_of_range(
-            f"a volume of {capacity} bytes exceeds the limit of {limit}", "sizes are multiples of 4096 bytes"
-        )
-    if image is not None and capacity < image.virtual_size:
-        raise out_of_range(
-            f"volume size should be larger than the backing image size: {capacity} bytes are asked for, and"
-            f" {image.name} has {image.virtual_size}",
-            f"ask for at least {image.virtual_size} bytes",
-        )
-    if image is None and not block and wanted.fs_type == "xfs" and capacity < _XFS_LEAST:
-        raise out_of_range(f"{capacity} bytes are too few for xfs", f"ask for at least {_XFS_LEAST}, or for ext4")
-    return capacity
-
-
-def _check_image(image: BackingImage, wanted: VolumeParameters) -> None:
-    if not image.ready:
-        raise precondition(f"backing image {image.name} is not ready", "wait until it is; see ebi get backingimages")
-    if image.encrypted != wanted.encrypted:
-        have, ask = ("encrypted", "not encrypted") if image.encrypted else ("not encrypted", "encrypted")
-        raise invalid(
-            f"the volume is to be {ask}, but the backing image {image.name} is {have}",
-            f'set encrypted: "{str(image.encrypted).lower()}", or use a clone of the image that fits',
-        )
-    spec = image.to_object()["spec"]
-    other = (
-        (wanted.image_source_type and wanted.image_source_type != spec.get("sourceType"))
-        or (
-            wanted.image_source_parameters is not None
-            and dict(wanted.image_source_parameters) != dict(spec.get("sourceParameters") or {})
-        )
-        or (wanted.image_checksum and wanted.image_checksum != spec.get("checksum"))
-    )
-    if other:
-        raise invalid(
-            f"existing backing image {image.name} data source is different from the parameters in the creation"
-            " request or StorageClass",
-            "give the parameters that the image was made with, or none",
-        )
-
-
-def _reserve(record: Volume) -> None:
-    """Have the volume's file there in its full size, on the disk, with every block its own."""
-    fd = os.open(record.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    before = os.fstat(fd).st_size
-    try:
-        files.preallocate(fd, record.file_size, record.described)
-        os.fsync(fd)
-    except BaseException:
-        os.ftruncate(fd, before)  # gives back what was reserved until the space ran out
-        raise
-    finally:
-        os.close(fd)

@@ -25,13 +25,10 @@ class Stack:
         """The mapper that is mounted or published."""
         return self.layers[-1].name
 
-    def is_up(self) -> bool:
-        """Whether every layer is there, right, and not suspended."""
+    def is_right(self) -> bool:
+        """Whether every layer is there, over the right devices."""
         mappers = [dm.find(layer.name) for layer in self.layers]
-        return all(
-            mapper is not None and not mapper.suspended and layer.fits(mapper)
-            for layer, mapper in zip(self.layers, mappers, strict=True)
-        )
+        return all(mapper and layer.fits(mapper) for layer, mapper in zip(self.layers, mappers, strict=True))
 
     @contextmanager
     def built(self) -> Iterator[None]:

@@ -45,7 +45,7 @@ def running(**changes: Any) -> Iterator[Node]:
         home = Path(directory)
         path = home / "run" / "csi.sock"
         settings = Settings(**{"data_dir": home / "ebi", "endpoint": f"unix://{path}", "node_id": "node-1", **changes})
-        settings.data_dir.mkdir()
+        settings.data_dir.mkdir(exist_ok=True)
         images = Images(settings.data_dir / "images", settings)
         volumes = Volumes(settings.data_dir / "volumes", images, settings)
         with server.serving(volumes, images, settings), connected(path) as channel:

@@ -53,7 +53,7 @@ def test_every_field_that_is_needed_must_be_there(node: Node, method: str, field
 
 
 @pytest.mark.parametrize("method", ["NodeStageVolume", "NodePublishVolume", "NodeGetVolumeStats", "NodeExpandVolume"])
-@pytest.mark.parametrize("volume", ["nowhere", "../pvc-1", "/etc", "PVC-1"])
+@pytest.mark.parametrize("volume", ["nowhere", "../pvc-1", "/etc", "PVC-1", "a/b", ".", "..", "pvcé", "x" * 69, "a\nb"])
 def test_a_volume_that_can_not_be_is_not_found(node: Node, method: str, volume: str) -> None:
     assert code(lambda: call(node, method, volume_id=volume, **COMPLETE[method])) == "NOT_FOUND"
 
@@ -80,6 +80,7 @@ def test_a_path_that_could_lead_anywhere_is_refused(node: Node, method: str, fie
         (csi_pb2.VolumeCapability(access_mode=Mode(mode=Mode.SINGLE_NODE_WRITER)), "names no access type"),
         (mount(fs_type="ntfs"), "ntfs"),
         (mount(mount_flags=["loop=/dev/sda"]), "mount option 'loop'"),
+        (mount(volume_mount_group="users"), "invalid volume_mount_group 'users'"),
         (mount(mount_flags=["x" * 3000, "y" * 3000]), "mount_flags holds more than 4096 bytes"),
     ],
 )
@@ -88,6 +89,12 @@ def test_a_capability_that_can_not_be_had(node: Node, capability: csi_pb2.Volume
     error = refused(lambda: call(node, "NodeStageVolume", volume_id="pvc-1", **fields))
     assert error.code().name == "INVALID_ARGUMENT"
     assert words in error.details()
+
+
+def test_kubelet_leaves_the_group_and_several_paths_to_the_driver(node: Node) -> None:
+    answer = node.node.NodeGetCapabilities(csi_pb2.NodeGetCapabilitiesRequest())
+    rpc = csi_pb2.NodeServiceCapability.RPC
+    assert {rpc.VOLUME_MOUNT_GROUP, rpc.SINGLE_NODE_MULTI_WRITER} <= {one.rpc.type for one in answer.capabilities}
 
 
 def test_a_publish_needs_the_volume_staged(node: Node) -> None:
@@ -100,6 +107,22 @@ def test_a_publish_needs_the_volume_staged(node: Node) -> None:
 def test_what_was_never_staged_or_published_may_be_taken_down(node: Node) -> None:
     call(node, "NodeUnpublishVolume", volume_id="pvc-1", target_path="/ebi-test/target")
     call(node, "NodeUnstageVolume", volume_id="pvc-1", staging_target_path="/ebi-test/staging")
+
+
+@pytest.mark.parametrize("volume", ["../pvc-1", "a/b", "..", "pvcé", "x" * 69])
+def test_taking_down_a_volume_by_an_id_that_is_a_path_does_nothing(node: Node, volume: str) -> None:
+    for one in ("NodeUnpublishVolume", "NodeUnstageVolume"):
+        assert code(lambda one=one: call(node, one, volume_id=volume, **COMPLETE[one])) == "NOT_FOUND"
+
+
+@pytest.mark.parametrize(
+    ("method", "field"), [("NodeStageVolume", "staging_target_path"), ("NodePublishVolume", "target_path")]
+)
+def test_nothing_is_mounted_over_the_driver_s_own_files(node: Node, method: str, field: str) -> None:
+    path = str(node.settings.data_dir / "volumes" / "pvc-1" / "volume.img")
+    error = refused(lambda: call(node, method, volume_id="pvc-1", **{**COMPLETE[method], field: path}))
+    assert error.code().name == "INVALID_ARGUMENT"
+    assert "in the data directory" in error.details()
 
 
 @pytest.mark.parametrize("method", ["NodeGetVolumeStats", "NodeExpandVolume"])

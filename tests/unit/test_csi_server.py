@@ -19,7 +19,7 @@ from typing import Any
 import grpc
 import pytest
 
-from csi import server
+from csi import sockets
 from csi.stubs import csi_pb2, csi_pb2_grpc
 from plugin.errors import EbiError, Kind
 from plugin.volumes.record import RECORD
@@ -66,7 +66,7 @@ def test_a_file_at_the_socket_s_place_is_left_alone() -> None:
 @pytest.mark.parametrize("endpoint", ["tcp://0.0.0.0:5000", "csi.sock", "unix://csi.sock", "unix:///" + "x" * 107, ""])
 def test_an_endpoint_that_is_no_unix_socket_is_refused(endpoint: str) -> None:
     with pytest.raises(EbiError) as caught:
-        server.socket_path(endpoint)
+        sockets.path(endpoint)
     assert caught.value.kind is Kind.INVALID
 
 

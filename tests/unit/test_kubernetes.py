@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from csi.server import socket_path
+from csi.sockets import path as socket_path
 from plugin.settings import Settings
-from plugin.volumes import parameters
+from plugin.volumes import ephemeral, parameters
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 MANIFESTS = DEPLOY / "kubernetes"
@@ -86,8 +86,15 @@ class TestDriver:
             "fsGroupPolicy": "File",
             "storageCapacity": True,
             "seLinuxMount": True,
-            "volumeLifecycleModes": ["Persistent"],
+            "volumeLifecycleModes": ["Persistent", "Ephemeral"],
         }
+
+    def test_the_inline_volume_of_the_examples_is_one_that_it_understands(self) -> None:
+        pod = yaml.safe_load((DEPLOY / "examples/inline-volume.yaml").read_text())
+        (volume,) = pod["spec"]["volumes"]
+        assert volume["csi"]["driver"] == DRIVER
+        size, given = ephemeral.request(volume["csi"]["volumeAttributes"])
+        assert (size, parameters.parse(given).image) == (1 << 30, "parrot-cloned-encrypted")
 
     def test_the_class_has_parameters_that_it_understands(self) -> None:
         storage_class = the("StorageClass")
@@ -176,6 +183,35 @@ class TestPod:
 
     def test_one_resizer_works_at_a_time(self) -> None:
         assert flags("csi-resizer")["leader-election"] == "true"
+
+
+class TestSelfRegistered:
+    """The variant without two of the sidecars: a patch, of which kustomize is not here to make a whole."""
+
+    PATCH = yaml.safe_load((MANIFESTS / "self-registered/daemonset-patch.yaml").read_text())
+    SPEC = PATCH["spec"]["template"]["spec"]
+
+    def test_patches_what_there_is(self) -> None:
+        kustomization = yaml.safe_load((MANIFESTS / "self-registered/kustomization.yaml").read_text())
+        assert kustomization["resources"] == [".."]
+        assert kustomization["patches"] == [{"path": "daemonset-patch.yaml"}]
+        assert self.PATCH["metadata"].items() <= the("DaemonSet")["metadata"].items()
+        gone = [one["name"] for one in self.SPEC["containers"] if one.get("$patch") == "delete"]
+        assert gone == ["node-driver-registrar", "liveness-probe"]
+        assert set(gone) <= set(CONTAINERS)
+        used = {name for one in EVERY if one["name"] not in gone for name in mounts(one)}
+        assert {one["name"] for one in self.SPEC["volumes"]} == set(VOLUMES) - used
+
+    def test_the_driver_takes_their_place(self, settings: Settings) -> None:
+        (ours,) = (one for one in self.SPEC["containers"] if one["name"] == "ebi")
+        given = Settings.load(Namespace(), {one["name"]: one["value"] for one in ours["env"]})
+        assert given.registration_dir == VOLUMES["registration"]
+        assert given.registration_dir.startswith(mounts(OURS)["kubelet"]["mountPath"])
+        assert str(socket_path(given.kubelet_endpoint)) == flags("node-driver-registrar")["kubelet-registration-path"]
+        for name in ("startupProbe", "livenessProbe"):
+            assert ours[name]["httpGet"] is None
+            assert given.health_address.rpartition(":")[2] == str(ours[name]["grpc"]["port"])
+            assert OURS[name]["httpGet"]["port"] == ours[name]["grpc"]["port"]
 
 
 class TestRights:

@@ -11,7 +11,7 @@ import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
 
 from csi import generate
-from csi.stubs import csi_pb2, csi_pb2_grpc, registration_pb2, registration_pb2_grpc
+from csi.stubs import csi_pb2, csi_pb2_grpc, health_pb2, health_pb2_grpc, registration_pb2, registration_pb2_grpc
 
 # Of `wire_facts`, for csi.proto of github.com/container-storage-interface/spec v1.12.0, compiled by protoc.
 SPECIFICATION = "61d8effbbdc205da2acc2df9980a8471ab2a2bfe60d7df760523c7041f0c8073"
@@ -62,7 +62,9 @@ def test_every_fact_on_the_wire_is_the_specification_s() -> None:
     assert hashlib.sha256("\n".join(compiled(csi_pb2)).encode()).hexdigest() == SPECIFICATION
 
 
-@pytest.mark.parametrize(("name", "stub"), [("csi", csi_pb2), ("registration", registration_pb2)])
+@pytest.mark.parametrize(
+    ("name", "stub"), [("csi", csi_pb2), ("health", health_pb2), ("registration", registration_pb2)]
+)
 def test_the_stubs_are_those_of_the_proto_files(name: str, stub: Any, tmp_path: Path) -> None:
     proto = Path(generate.__file__).parents[1] / "proto"
     out = tmp_path / "set"
@@ -78,7 +80,7 @@ def test_generating_them_again_gives_the_same_files_up_to_the_generator_s_versio
     kept = {file.name: _plain(file) for file in generate.STUBS.iterdir() if file.is_file()}
     assert fresh.keys() == kept.keys()
     # What a method is called and how its messages are read; the rest of a line is the generator's taste.
-    for name in ("csi_pb2_grpc.py", "registration_pb2_grpc.py"):
+    for name in ("csi_pb2_grpc.py", "health_pb2_grpc.py", "registration_pb2_grpc.py"):
         assert fresh[name] == kept[name]
 
 
@@ -87,9 +89,10 @@ def _plain(file: Path) -> list[str]:
     return [line for line in lines if line.startswith(("from csi", "'/", "def ", "class ", "request_", "response_"))]
 
 
-@pytest.mark.parametrize("stub", [csi_pb2_grpc, registration_pb2_grpc])
+@pytest.mark.parametrize("stub", [csi_pb2_grpc, health_pb2_grpc, registration_pb2_grpc])
 def test_services_import_their_messages_from_this_package(stub: Any) -> None:
     text = Path(stub.__file__).read_text()
     assert "\nfrom csi.stubs import " in text
     assert "\nimport csi_pb2" not in text
     assert "\nimport registration_pb2" not in text
+    assert "\nimport health_pb2" not in text

@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plugin.errors import EbiError, Kind
+from plugin.host import mounts
+from plugin.settings import Settings
 from plugin.volumes import Capability, names, parameters, paths
 
 SEED = {
@@ -40,10 +42,11 @@ class TestParameters:
             ("backingImageDataSourceParameters", "not JSON"),
             ("backingImageDataSourceParameters", '{"url": 5}'),
             ("mkfsParams", "-b 4096 /dev/sda"),
-            ("mkfsParams", "-d /etc"),
-            ("mkfsParams", "sda"),
             ("mkfsParams", "-L 'open"),
             ("encryptd", "true"),
+            ("discard", "yes"),
+            ("cryptNoReadWorkqueue", "true"),  # of a volume that is not encrypted
+            ("cryptNoWriteWorkqueue", "true"),
         ],
     )
     def test_a_wrong_one_is_named(self, name: str, value: str) -> None:
@@ -51,12 +54,71 @@ class TestParameters:
             parameters.parse({name: value})
         assert refused.value.kind is Kind.INVALID
 
+    def test_flags_of_dm_crypt_are_read(self) -> None:
+        given = {"encrypted": "true", "cryptNoReadWorkqueue": "true", "discard": "true"}
+        flags = parameters.parse(given).flags
+        assert flags.names == {"no-read-workqueue", "allow-discards"}
+        assert flags.arguments() == ["--allow-discards", "--perf-no_read_workqueue", "--persistent"]
+        assert flags.arguments(["no-read-workqueue", "allow-discards"]) == [
+            "--allow-discards",
+            "--perf-no_read_workqueue",
+        ]
+        assert parameters.parse({"encrypted": "true"}).flags.arguments() == []
+
+    def test_discards_do_not_go_with_an_image(self) -> None:
+        with pytest.raises(EbiError, match="discard is for volumes that start from no backing image"):
+            parameters.parse({"discard": "true", "backingImage": "golden"})
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "-d /etc",
+            "-d .",  # copies the server's own directory
+            "-d etc",
+            "-Fd .",
+            "-qd.",
+            "-z undo",  # writes a file
+            "-J device=LABEL=other",
+            "-l badblocks",
+            "-l logdev=sda",
+            "-d name=sda",
+            "-r sda",
+            "-p protofile",
+            "-c options=file",
+            "--rootdir .",
+            "--rootdir=.",
+            "--root .",
+            "-S",
+            "-L",
+            "sda",
+            "-b 4096 sda",
+            "-F sda",
+            "--",
+        ],
+    )
+    def test_mkfs_options_that_reach_files_or_other_devices_are_refused(self, text: str) -> None:
+        with pytest.raises(EbiError, match="mkfsParams") as refused:
+            parameters.parse({"mkfsParams": text})
+        assert refused.value.kind is Kind.INVALID
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "-b 4096 -N 4096 -i 8192 -O ^has_journal -E lazy_itable_init=1,nodiscard -J size=64 -m 1",
+            "-f -m reflink=0,crc=1 -d agcount=4 -l size=64m -n size=8k -K",
+            "-d single -m dup --csum xxhash --nodesize=16384 --mixed -L label",
+            "",
+        ],
+    )
+    def test_usual_mkfs_options_pass(self, text: str) -> None:
+        assert parameters.parse({"mkfsParams": text}).mkfs_options == tuple(text.split())
+
     def test_mkfs_options_are_split_as_a_shell_would(self) -> None:
         assert parameters.parse({"mkfsParams": "-b 4096 -L 'a label'"}).mkfs_options == ("-b", "4096", "-L", "a label")
 
 
 class TestVolumeId:
-    @pytest.mark.parametrize("name", ["pvc-1", "a", "a.b", "x" * 63])
+    @pytest.mark.parametrize("name", ["pvc-1", "a", "a.b", "csi-" + "0" * 64])
     def test_a_plain_name_is_its_own_id(self, name: str) -> None:
         assert names.volume_id(name) == name
 
@@ -70,13 +132,30 @@ class TestVolumeId:
     def test_different_names_get_different_ones(self) -> None:
         assert names.volume_id("A b") != names.volume_id("a B")
 
-    @pytest.mark.parametrize("text", ["", ".", "..", "../x", "a/b", "-a", "a-", "A", "a\n", "x" * 64, "a\0"])
+    @pytest.mark.parametrize("text", ["", ".", "..", "../x", "a/b", "-a", "a-", "A", "a\n", "x" * 69, "a\0", "ä"])
     def test_what_could_be_a_path_is_none(self, text: str) -> None:
         assert not names.is_volume_id(text)
 
 
 class TestCapability:
-    @pytest.mark.parametrize("flag", ["bind", "remount", "loop=/dev/loop0", "noatime,suid", "X-mount.mkdir", "dev"])
+    @pytest.mark.parametrize(
+        "flag",
+        [
+            "bind",
+            "remount",
+            "loop=/dev/loop0",
+            "noatime,suid",
+            "X-mount.mkdir",
+            "dev",
+            " loop",
+            "LOOP",
+            "noatime,,bind",
+            "verity.hashdevice=a",
+            "errors=panic",
+            "fatal_errors=panic",
+            "logdev=/dev/sda",
+        ],
+    )
     def test_a_dangerous_mount_option_is_refused(self, flag: str) -> None:
         with pytest.raises(EbiError, match=r"mount option .* is not allowed") as refused:
             Capability(mount_flags=(flag,)).check()
@@ -86,6 +165,8 @@ class TestCapability:
         capability = Capability(fs_type="xfs", mount_flags=("noatime,nodiratime", "ro", "discard"))
         capability.check()
         assert capability.options == ("noatime", "nodiratime", "ro", "discard")
+        label = 'context="system_u:object_r:container_file_t:s0:c1,c2"'  # kubelet's own, where it mounts with SELinux
+        Capability(mount_flags=(label, "errors=remount-ro")).check()
 
     def test_an_unknown_filesystem_is_refused(self) -> None:
         with pytest.raises(EbiError, match="unsupported filesystem 'ntfs'"):
@@ -103,6 +184,29 @@ class TestPaths:
         (tmp_path / "link").symlink_to("/etc")
         with pytest.raises(EbiError, match="symbolic link"):
             paths.checked(tmp_path / "link", "target path")
+
+    def test_the_data_directory_is_no_place_to_mount_at(self, tmp_path: Path) -> None:
+        settings = Settings(data_dir=tmp_path / "ebi")
+        (tmp_path / "link").symlink_to(tmp_path / "ebi")
+        (tmp_path / "ebi" / "images").mkdir(parents=True)
+        for path in ("ebi/images", "ebi/images/x", "ebi", "link/images"):
+            with pytest.raises(EbiError, match="in the data directory"):
+                paths.usable(tmp_path / path, "target path", settings)
+        assert paths.usable(tmp_path / "ebi-targets", "target path", settings) == tmp_path / "ebi-targets"
+
+    def test_a_directory_that_was_replaced_by_a_link_leads_nowhere(self, tmp_path: Path) -> None:
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "target").touch()
+        (tmp_path / "parent").mkdir()
+        target = paths.checked(tmp_path / "parent" / "target", "target path")
+        (tmp_path / "parent").rmdir()
+        (tmp_path / "parent").symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(EbiError), mounts.opened(target):
+            pass
+        for block in (False, True):
+            with pytest.raises(EbiError):
+                paths.make_target(tmp_path / "parent" / "new", block=block)
+        assert [entry.name for entry in (tmp_path / "elsewhere").iterdir()] == ["target"]
 
     def test_what_leads_out_of_the_root_is_refused(self, tmp_path: Path) -> None:
         root = tmp_path / "root"
