@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from plugin.errors import exists, invalid
+from plugin.errors import EbiError, exists, invalid
 from plugin.host.files import sync_directory
 from plugin.images import extents, formats, operations, qcow2_writer
 from plugin.images.disk import CipherSpec
@@ -12,7 +12,7 @@ from plugin.images.formats import Format
 from plugin.images.image import BackingImage
 from plugin.images.operations import Made, Operation, Work
 from plugin.images.progress import Progress, Reporter
-from plugin.images.store import Images
+from plugin.images.store import Images, explained
 from plugin.luks import header
 from plugin.luks.parameters import SecretParameters
 from plugin.settings import Settings
@@ -44,6 +44,11 @@ def export(
         try:
             made = todo(Work(partial, image.described, settings, Reporter(image, None, progress)))
             partial.rename(file)
+        except (EbiError, OSError) as error:
+            failure = explained(error, image, "export")
+            if failure is error:
+                raise
+            raise failure from error
         finally:
             partial.unlink(missing_ok=True)
         sync_directory(file.absolute().parent)

@@ -9,7 +9,7 @@ from plugin.errors import exhausted
 from plugin.host.lock import is_locked
 
 CLAIM = "claimed"  # beside an image's partial file: how many bytes its operation will have written
-_AHEAD = 32 << 20  # bytes claimed at once for a file that grows
+_AHEAD = 8 << 20  # bytes claimed at once for a file that grows
 _SPARE = 16 << 20  # bytes of disk left for records, maps and the filesystem's own needs
 
 

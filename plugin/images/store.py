@@ -1,5 +1,6 @@
 """`Images`: the backing images of one data directory, and everything that can be done with them."""
 
+import errno
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plugin import events
-from plugin.errors import EbiError, Kind, exists, not_found, precondition
+from plugin.errors import EbiError, Kind, exhausted, exists, not_found, precondition
 from plugin.host.files import sync_directory
 from plugin.host.lock import is_locked, locked
 from plugin.images import extents, operations, rules, slots, space
@@ -223,7 +224,7 @@ class Images:
                 self._finish(made, report)
             ok = True
         except BaseException as error:
-            failure = _explained(error, image, job.name)
+            failure = explained(error, image, job.name)
             _clear(image.directory)
             with suppress(EbiError, OSError):  # a record on a full disk; that nobody works on it tells the same
                 report.state(State.FAILED, message=str(failure) or "it was cancelled")
@@ -322,8 +323,10 @@ def _clear(directory: Path) -> None:
             entry.unlink(missing_ok=True)
 
 
-def _explained(error: BaseException, image: BackingImage, doing: str) -> BaseException:
+def explained(error: BaseException, image: BackingImage, doing: str) -> BaseException:
     """`error` with the image named in it, where it is one that a user can do something about."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return exhausted(f"no space left on the device for the {doing} of {image.described}", "free some")
     if isinstance(error, OSError):
         return EbiError(
             f"the {doing} of {image.described} failed: {error.strerror or error}", hint="see the kernel's log"

@@ -168,7 +168,7 @@ def test_what_comes_without_a_size_is_checked_as_it_grows(
     blocks = 18 * MIB // found.f_frsize
     little = os.statvfs_result((found.f_bsize, found.f_frsize, found.f_blocks, blocks, blocks, *found[5:]))
     monkeypatch.setattr(os, "fstatvfs", lambda _: little)
-    with pytest.raises(EbiError, match="golden needs 34 MiB of disk, and 18 MiB are free") as caught:
+    with pytest.raises(EbiError, match="golden needs 10 MiB of disk, and 18 MiB are free") as caught:
         download(store, server)
     assert caught.value.kind is Kind.EXHAUSTED
     assert [entry.name for entry in store.images.get("golden").directory.iterdir()] == ["record.json"]
