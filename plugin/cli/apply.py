@@ -10,7 +10,7 @@ from plugin.errors import EbiError
 from plugin.host.files import private_directory
 from plugin.images import DocumentSecrets, Images
 from plugin.settings import Settings
-from plugin.volumes import parameters
+from plugin.volumes import Volumes, parameters
 
 
 def add(commands: Any) -> None:
@@ -41,6 +41,7 @@ def run(arguments: Namespace, settings: Settings) -> int:
     try:
         found = documents.load(arguments.files)
         images = Images(private_directory(settings.data_dir) / "images", settings)
+        volumes = Volumes(settings.data_dir / "volumes", images, settings)
         secrets = DocumentSecrets(found.secrets)
     except EbiError as error:
         cli.complain(error)
@@ -49,7 +50,7 @@ def run(arguments: Namespace, settings: Settings) -> int:
         failed |= not _attempt(f"storageclass/{documents.name_of(document)}", lambda d=document: _check_class(d))
     for document in found.images:
         failed |= not _attempt(
-            f"backingimage/{documents.name_of(document)}", lambda d=document: _apply_image(images, d, secrets)
+            f"backingimage/{documents.name_of(document)}", lambda d=document: _apply_image(images, volumes, d, secrets)
         )
     return 1 if failed else 0
 
@@ -63,9 +64,9 @@ def _attempt(what: str, action: Any) -> bool:
     return True
 
 
-def _apply_image(images: Images, document: documents.Document, secrets: DocumentSecrets) -> str:
+def _apply_image(images: Images, volumes: Volumes, document: documents.Document, secrets: DocumentSecrets) -> str:
     with Bar(documents.name_of(document)) as bar:
-        image = images.apply(document, secrets, bar)
+        image = images.apply(document, secrets, bar, volumes=volumes.disks)
     return "ready, encrypted" if image.encrypted else "ready"
 
 

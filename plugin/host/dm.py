@@ -5,12 +5,13 @@ Tables go in by standard input. Units: a table counts sectors of 512 bytes, ever
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from plugin.errors import EbiError, precondition, unavailable
 from plugin.host import blockdev, dmcontrol, udev
-from plugin.host.run import CommandError, run
+from plugin.host.run import CommandError, at_the_end, run
 
 SECTOR = 512
 _DEV = Path("/dev/mapper")
@@ -116,6 +117,21 @@ def suspend(name: str) -> None:
 def resume(name: str) -> None:
     """Let I/O on `name` go on, with the table loaded last."""
     run(["dmsetup", "resume", name])
+
+
+@contextmanager
+def still(name: str) -> Iterator[None]:
+    """Hold back all I/O on `name` within the block, what was written before on the disk, a filesystem on it frozen.
+
+    It goes on afterwards, also where this process is killed. Raises `CommandError` when a filesystem can't be frozen
+    (somebody else has it frozen), UNAVAILABLE when another process let the I/O go on before the block had ended.
+    """
+    with at_the_end(["dmsetup", "resume", name]):
+        run(["dmsetup", "suspend", name])
+        yield
+        mapper = find(name)
+        if mapper is None or not mapper.suspended:
+            raise unavailable(f"the device {name} did not stand still", "try again")
 
 
 def table(name: str) -> str:

@@ -1,6 +1,7 @@
 """Files as this project needs them: replaced whole, durable, sparse, and measured by their data."""
 
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from plugin.errors import exhausted, precondition
+
+_FICLONE = 0x4004_9409  # linux/fs.h
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,17 @@ def data_extents(fd: int, start: int = 0, end: int | None = None) -> Iterator[Ex
             return
         offset = min(os.lseek(fd, data, os.SEEK_HOLE), end)
         yield Extent(data, offset - data)
+
+
+def share(source: int, target: int) -> bool:
+    """Have the open file `target` share the blocks of `source`; False where the filesystem can't (ioctl_ficlone(2))."""
+    try:
+        fcntl.ioctl(target, _FICLONE, source)
+        return True
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM):
+            return False
+        raise
 
 
 def preallocate(fd: int, length: int, name: str) -> None:

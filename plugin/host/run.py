@@ -70,6 +70,28 @@ def run(
 
 
 @contextmanager
+def at_the_end(argv: Sequence[str]) -> Iterator[None]:
+    """Run `argv` when the block ends, however it ends: where this process is killed in it, a child does so.
+
+    The child waits for the end of a pipe that nobody else has. Raises as `run` does when `argv` fails.
+    """
+    waiting = ["sh", "-c", 'read -r _; exec "$@"', "sh", *argv]
+    child = subprocess.Popen(
+        waiting,
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        env=environment(), start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        _, stderr = child.communicate()
+        if child.returncode < 0:  # somebody killed it, perhaps before it could do its work
+            run(argv)
+        elif child.returncode:
+            raise CommandError(argv, child.returncode, stderr.decode(errors="replace"))
+
+
+@contextmanager
 def secret_fd(secret: bytes) -> Iterator[int]:
     """A file descriptor of an anonymous memory file that holds `secret`, wiped and closed afterwards.
 

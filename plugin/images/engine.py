@@ -11,8 +11,9 @@ import os
 import selectors
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from plugin.errors import EbiError, Kind
 from plugin.host.files import Extent
@@ -53,7 +54,7 @@ def copy(
         "target": target.description() if target else None,
         "parent": os.getpid(),
     }
-    fds = ({origin["fd"], target.fd, target.direct} if target else {origin["fd"]}) - {-1}
+    fds = ({*_fds(origin)} | ({target.fd, target.direct} if target else set())) - {-1}
     team: list[_Worker] = []
     try:
         for _ in range(count if runs else 0):
@@ -66,6 +67,15 @@ def copy(
     for worker in team:
         worker.end()
     return written
+
+
+def _fds(description: Mapping[str, Any]) -> Iterator[int]:
+    """The file descriptors in the description of a source, which may be made of others."""
+    for key, value in description.items():
+        if key == "fd":
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _fds(value)
 
 
 def _pieces(runs: Iterable[Extent]) -> Iterator[list[tuple[int, int]]]:

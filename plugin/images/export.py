@@ -6,7 +6,7 @@ from pathlib import Path
 
 from plugin.errors import EbiError, exists, invalid
 from plugin.host.files import sync_directory
-from plugin.images import extents, formats, operations, qcow2_writer
+from plugin.images import extents, formats, operations
 from plugin.images.disk import CipherSpec
 from plugin.images.formats import Format
 from plugin.images.image import BackingImage
@@ -94,14 +94,7 @@ def _plain(image: BackingImage, passphrase: bytes | None, form: Format, *, dense
             runs = operations.whole(source) if dense else image.extents()
             if form is Format.RAW:
                 return operations.unpacked(source, runs, work, sparse=not dense)
-            layout = qcow2_writer.layout(runs, source.size)
-            with operations.created(work.path) as fd:
-                qcow2_writer.write_tables(fd, layout)
-                work.report.expect(extents.total(runs))
-                size, places = layout.end * qcow2_writer.CLUSTER, layout.places
-                operations.copy_disk(source, fd, work, runs, size=size, sparse=not dense, places=places)
-                os.fsync(fd)
-            return Made(Format.QCOW2, source.size)
+            return operations.as_qcow2(source, runs, work, sparse=not dense)
 
     return run
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from plugin.errors import invalid
 from plugin.images.disk import CipherSpec, Disk, Source
+from plugin.images.patched import Patched
 from plugin.images.qcow2 import Qcow2
 from plugin.luks import metadata
 
@@ -62,7 +63,12 @@ def _source(fd: int, path: Path, form: Format, key: bytes | None) -> Source:
 
 def restored(value: Mapping[str, Any]) -> Source:
     """The source that `value`, its `description()`, tells of, in this process."""
-    return Qcow2(value["fd"], value["name"]) if value["kind"] == "qcow2" else Disk.restored(value)
+    if value["kind"] == "qcow2":
+        return Qcow2(value["fd"], value["name"])
+    if value["kind"] == "patched":
+        lower, upper = (restored(part) if part else None for part in (value["lower"], value["upper"]))
+        return Patched.restored(value, lower, upper)
+    return Disk.restored(value)
 
 
 def _whole_sectors(size: int, sector: int, path: Path) -> int:

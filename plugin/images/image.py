@@ -12,7 +12,7 @@ from plugin.errors import precondition
 from plugin.host.files import Extent
 from plugin.images import extents, formats
 from plugin.images.formats import Format
-from plugin.images.manifest import API_VERSION, KIND, Manifest, Spec
+from plugin.images.manifest import API_VERSION, EXPORT, KIND, Manifest, Spec
 from plugin.images.packed import Packing
 
 
@@ -85,7 +85,9 @@ class BackingImage:
         image = cls(
             manifest.name, manifest.namespace, str(uuid.uuid4()), created or now(), manifest.spec, status, directory
         )
-        return image.changed(encrypted=manifest.spec.encryption in ("encrypt", "reencrypt"))
+        spec = manifest.spec
+        exported = spec.source_type == EXPORT and bool(spec.secret)
+        return image.changed(encrypted=exported or spec.encryption in ("encrypt", "reencrypt"))
 
     @property
     def described(self) -> str:

@@ -11,6 +11,7 @@ from plugin.errors import EbiError, invalid, unsupported
 API_VERSION = "longhorn.io/v1beta2"
 KIND = "BackingImage"
 DEFAULT_NAMESPACE = "longhorn-system"
+EXPORT = "export-from-volume"
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _CHECKSUM = re.compile(r"[0-9a-f]{128}")
@@ -19,6 +20,7 @@ _SOURCE_SECRET = ("source-secret", "source-secret-namespace")
 _PARAMETERS: dict[str, set[str]] = {
     "download": {"url"},
     "upload": set(),
+    EXPORT: {"volume-name", "export-type", *_SECRET, "sparse"},
     "clone": {"backing-image", "encryption", *_SECRET, *_SOURCE_SECRET, "sparse"},
 }
 # Fields of Longhorn's that say where copies go. They are kept, and have no effect on one node.
@@ -45,6 +47,16 @@ class Spec:
     def source(self) -> str:
         """The backing image that a clone is made from."""
         return self.parameters.get("backing-image", "")
+
+    @property
+    def volume(self) -> str:
+        """The volume that an image is exported from."""
+        return self.parameters.get("volume-name", "")
+
+    @property
+    def export_type(self) -> str:
+        """`raw` or `qcow2` for an image that is exported from a volume."""
+        return self.parameters.get("export-type") or "raw"
 
     @property
     def sparse(self) -> bool:
@@ -140,6 +152,20 @@ def _check(manifest: Manifest) -> None:
         _check_url(manifest)
     elif spec.source_type == "clone":
         _check_clone(manifest)
+    elif spec.source_type == EXPORT:
+        _check_export(manifest)
+
+
+def _check_export(manifest: Manifest) -> None:
+    spec = manifest.spec
+    if not spec.volume:
+        raise _bad_parameter(manifest, "volume-name", "name the volume to export")
+    if spec.export_type not in ("raw", "qcow2"):
+        raise invalid(f"unsupported export type {spec.export_type} for {manifest.described}", "use raw or qcow2")
+    if spec.checksum:
+        raise invalid(
+            f"the checksum of {manifest.described} can't be known before it is exported from a volume", "leave it out"
+        )
 
 
 def _check_clone(manifest: Manifest) -> None:

@@ -3,8 +3,6 @@
 None needs root, a loop device or device-mapper, and none makes a temporary file beside its result.
 """
 
-import errno
-import fcntl
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from plugin.errors import invalid, precondition
-from plugin.host.files import Extent, data_extents
-from plugin.images import engine, extents, formats, http, space, sums
+from plugin.host.files import Extent, data_extents, share
+from plugin.images import engine, extents, formats, http, qcow2_writer, space, sums
 from plugin.images.disk import CipherSpec, Disk, Source
 from plugin.images.formats import Format
 from plugin.images.image import BackingImage
@@ -22,13 +20,11 @@ from plugin.images.packed import Packing
 from plugin.images.progress import Reporter
 from plugin.images.receive import receive
 from plugin.images.sums import Sum
-from plugin.images.target import Places, TargetSpec, open_direct
+from plugin.images.target import PIECE, Places, TargetSpec, open_direct
 from plugin.luks import header
 from plugin.luks.parameters import SecretParameters
 from plugin.luks.sectors import HEAD, sector_size
 from plugin.settings import Settings
-
-_FICLONE = 0x4004_9409  # linux/fs.h
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,7 @@ def clone(image: BackingImage) -> Operation:
         with created(work.path) as fd, image.path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             work.report.expect(size)
-            if not _shared(file.fileno(), fd):
+            if not share(file.fileno(), fd):
                 # The very pieces that there are checksums of, so that the copy tells whether they are still right.
                 pieces = [item.extent for item in kept]
                 rest = list(extents.without(data_extents(file.fileno()), pieces))
@@ -107,25 +103,29 @@ def encrypt(
 
     def run(work: Work) -> Made:
         key = header.volume_key(image.path, old.passphrase, image.described) if old else None
-        with formats.opened(image.path, image.status.format, key) as source, created(work.path) as fd:
+        with formats.opened(image.path, image.status.format, key) as source:
             runs = image.extents() if old and sparse else data_runs(source, sparse=sparse)
-            cipher = CipherSpec(parameters.cipher, header.new_key(parameters), _sector_size(source))
-            os.ftruncate(fd, header.PAYLOAD_OFFSET + source.size)
-            # The key derivation needs a core, the payload mostly the disk, and neither needs the other.
-            with _beside(
-                lambda: header.create(
-                    work.path, parameters, cipher.key, sector_size=cipher.sector_size, owner=work.owner
-                )
-            ):
-                work.report.expect(extents.total(runs))
-                written = copy_disk(
-                    source, fd, work, runs,
-                    size=source.size, base=header.PAYLOAD_OFFSET, cipher=cipher, sparse=sparse,
-                )  # fmt: skip
-            os.fsync(fd)
-            return _encrypted(source, written, header.PAYLOAD_OFFSET)
+            return encrypted(source, runs, parameters, work, sparse=sparse)
 
     return run
+
+
+def encrypted(source: Source, runs: list[Extent], parameters: SecretParameters, work: Work, *, sparse: bool) -> Made:
+    """Write `runs` of `source` as a LUKS2 device under `parameters`, with a volume key of its own."""
+    with created(work.path) as fd:
+        cipher = CipherSpec(parameters.cipher, header.new_key(parameters), _sector_size(source))
+        os.ftruncate(fd, header.PAYLOAD_OFFSET + source.size)
+        # The key derivation needs a core, the payload mostly the disk, and neither needs the other.
+        with _beside(
+            lambda: header.create(work.path, parameters, cipher.key, sector_size=cipher.sector_size, owner=work.owner)
+        ):
+            work.report.expect(extents.total(runs))
+            written = copy_disk(
+                source, fd, work, runs,
+                size=source.size, base=header.PAYLOAD_OFFSET, cipher=cipher, sparse=sparse,
+            )  # fmt: skip
+        os.fsync(fd)
+    return _encrypted(source, written, header.PAYLOAD_OFFSET)
 
 
 def decrypt(image: BackingImage, passphrase: bytes, *, sparse: bool) -> Operation:
@@ -157,6 +157,27 @@ def unpacked(source: Source, runs: list[Extent], work: Work, *, sparse: bool) ->
         written = copy_disk(source, fd, work, runs, size=source.size, sparse=sparse)
         os.fsync(fd)
     return Made(Format.RAW, source.size, sums=written)
+
+
+def as_qcow2(source: Source, runs: list[Extent], work: Work, *, sparse: bool) -> Made:
+    """Write `runs` of `source` as a qcow2 file."""
+    layout = qcow2_writer.layout(runs, source.size)
+    with created(work.path) as fd:
+        qcow2_writer.write_tables(fd, layout)
+        work.report.expect(extents.total(runs))
+        size, places = layout.end * qcow2_writer.CLUSTER, layout.places
+        written = copy_disk(source, fd, work, runs, size=size, sparse=sparse, places=places)
+        os.fsync(fd)
+        tables = list(_sums(fd, Extent(0, layout.first_data * qcow2_writer.CLUSTER)))
+    target = TargetSpec(-1, -1, 0, None, sparse, places)
+    return Made(
+        Format.QCOW2, source.size, sums=tables + [replace(item, start=target.at(item.start)) for item in written]
+    )
+
+
+def _sums(fd: int, run: Extent) -> Iterator[Sum]:
+    for at in range(run.start, run.end, PIECE):
+        yield Sum.of(memoryview(os.pread(fd, min(PIECE, run.end - at), at)), at)
 
 
 def check_sums(image: BackingImage, kept: list[Sum], found: list[Sum]) -> None:
@@ -226,17 +247,6 @@ def _sector_size(source: Source) -> int:
     head = bytearray(min(HEAD, source.size))
     source.read(memoryview(head), 0)
     return sector_size(bytes(head), source.size)
-
-
-def _shared(source: int, target: int) -> bool:
-    """Have the file `target` share the blocks of `source`; False where the filesystem can't."""
-    try:
-        fcntl.ioctl(target, _FICLONE, source)
-        return True
-    except OSError as error:
-        if error.errno in (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM):
-            return False
-        raise
 
 
 @contextmanager

@@ -61,6 +61,10 @@ class Reporter:
         self._save(durable=durable)
         self._heard(self._progress())
 
+    def note(self, message: str) -> None:
+        """Have `message` among the image's events."""
+        self.image = self.image.noted(message)
+
     def expect(self, total: int) -> None:
         """`total` bytes are to be moved, 0 if that is not known: it begins."""
         self.total = total

@@ -3,18 +3,22 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from plugin.errors import EbiError, Kind, exists, invalid, precondition
+from plugin.errors import EbiError, Kind, exists, invalid, precondition, unsupported
 from plugin.images.formats import Format
 from plugin.images.image import BackingImage
-from plugin.images.manifest import Manifest, Spec
+from plugin.images.manifest import EXPORT, Manifest, Spec
 from plugin.images.secrets import SecretSource
+from plugin.images.volume import VolumeFacts, VolumeSource, secret_of
 from plugin.luks import payload
 from plugin.luks.parameters import SecretParameters
 
 
-def resolved(manifest: Manifest, find: Callable[[str], BackingImage | None]) -> Manifest:
+def resolved(manifest: Manifest, find: Callable[[str], BackingImage | None], volumes: VolumeSource | None) -> Manifest:
     """`manifest` with what it inherits: as Longhorn does it. Raises INVALID or PRECONDITION."""
     spec = manifest.spec
+    if spec.source_type == EXPORT:
+        secret, namespace = secret_of(manifest, _facts(manifest, volumes))
+        return replace(manifest, spec=replace(spec, secret=secret, secret_namespace=namespace))
     if spec.source_type != "clone":
         return manifest
     source = _source(manifest, find)
@@ -52,13 +56,10 @@ def unchanged(wanted: Manifest, image: BackingImage) -> Spec:
         raise invalid(f"changing secret for BackingImage {image.name} is not supported", "make a new image")
     if namespace and namespace != _namespace(old):
         raise invalid(f"changing secret namespace for BackingImage {image.name} is not supported", "make a new image")
-    parameters = dict(new.parameters)
-    if new.source_type == "clone":
-        parameters["encryption"] = new.encryption
     other = []
     if new.source_type != old.source_type:
         other.append("sourceType")
-    if parameters != dict(old.parameters):
+    if _completed(new) != _completed(old):
         other.append("sourceParameters")
     if new.source_type in ("download", "upload") and new.checksum and new.checksum != old.checksum:
         other.append("checksum")
@@ -71,7 +72,7 @@ def unchanged(wanted: Manifest, image: BackingImage) -> Spec:
 
 @dataclass(frozen=True)
 class Keys:
-    """The secrets of a clone: `old` opens its source, `new` closes the image; None where there is none of its kind."""
+    """`old` opens the source of a clone, `new` closes the image (and opens a volume); None where there is none."""
 
     old: SecretParameters | None = None
     new: SecretParameters | None = None
@@ -79,20 +80,31 @@ class Keys:
 
 def keys(manifest: Manifest, secrets: SecretSource) -> Keys:
     """What the manifest's secrets say, where it needs any. Raises NOT_FOUND, INVALID, UNSUPPORTED."""
-    if manifest.spec.encryption in ("", "ignore"):
+    spec = manifest.spec
+    if spec.source_type == EXPORT:
+        if not spec.secret:
+            return Keys()
+        found = _parameters(manifest, secrets, spec.secret, spec.secret_namespace)
+        check_cipher(found, manifest.described)
+        return Keys(new=found)
+    if spec.encryption in ("", "ignore"):
         return Keys()
     found = parameters(manifest, secrets, "secret")
-    if manifest.spec.encryption == "decrypt":
+    if spec.encryption == "decrypt":
         return Keys(old=found)
     check_cipher(found, manifest.described)
-    if manifest.spec.encryption == "encrypt":
+    if spec.encryption == "encrypt":
         return Keys(new=found)
     return Keys(parameters(manifest, secrets, "source-secret"), found)
 
 
 def parameters(manifest: Manifest, secrets: SecretSource, key: str) -> SecretParameters:
     """What the secret says that the parameter `key` names. Raises NOT_FOUND, INVALID."""
-    name, namespace = (manifest.spec.parameters[part] for part in (key, f"{key}-namespace"))
+    given = manifest.spec.parameters
+    return _parameters(manifest, secrets, given[key], given[f"{key}-namespace"])
+
+
+def _parameters(manifest: Manifest, secrets: SecretSource, name: str, namespace: str) -> SecretParameters:
     try:
         data = secrets.get(name, namespace)
     except EbiError as error:
@@ -110,6 +122,27 @@ def check_cipher(found: SecretParameters, owner: str) -> None:
     """Raises UNSUPPORTED where the payload writer does not know the cipher that `owner` shall have."""
     if not payload.supports(found.cipher, found.key_size):
         raise payload.refusal(found.cipher, found.key_size, owner)
+
+
+def _completed(spec: Spec) -> dict[str, str]:
+    """The parameters of `spec`, those that are left out with their defaults."""
+    defaults = {"clone": {"encryption": spec.encryption}, EXPORT: {"export-type": spec.export_type}}
+    return {**spec.parameters, **defaults.get(spec.source_type, {})}
+
+
+def _facts(manifest: Manifest, volumes: VolumeSource | None) -> VolumeFacts:
+    name = manifest.spec.volume
+    if volumes is None:
+        raise unsupported(f"{manifest.described} can't be exported here: there are no volumes", "apply it on a node")
+    try:
+        return volumes.facts(name)
+    except EbiError as error:
+        if error.kind is not Kind.NOT_FOUND:
+            raise
+        raise invalid(
+            f"invalid parameter volume-name {name} for source type {EXPORT} of {manifest.described}",
+            "there is no such volume on this node",
+        ) from error
 
 
 def _secret(spec: Spec) -> str:

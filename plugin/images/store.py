@@ -13,15 +13,16 @@ from plugin import events
 from plugin.errors import EbiError, Kind, exhausted, exists, not_found, precondition
 from plugin.host.files import sync_directory
 from plugin.host.lock import is_locked, locked
-from plugin.images import extents, operations, rules, slots, space
+from plugin.images import extents, operations, rules, slots, space, volume
 from plugin.images.catalog import Catalog, LocalCatalog
 from plugin.images.formats import Format
 from plugin.images.http import Download
 from plugin.images.image import WORKING, BackingImage, State
-from plugin.images.manifest import Manifest, check_name, parse
+from plugin.images.manifest import EXPORT, Manifest, check_name, parse
 from plugin.images.operations import Made, Operation, Work
 from plugin.images.progress import Progress, Reporter
 from plugin.images.secrets import SecretSource
+from plugin.images.volume import VolumeSource
 from plugin.luks import backup
 from plugin.settings import Settings
 
@@ -58,13 +59,17 @@ class Images:
         manifest: Mapping[str, Any],
         secrets: SecretSource,
         progress: Callable[[Progress], None] | None = None,
+        *,
+        volumes: VolumeSource | None = None,
     ) -> BackingImage:
-        """Make the image that `manifest` asks for, in this process, and return it ready.
+        """Make the image that `manifest` asks for, in this process, and return it ready; `volumes` are for exports.
 
         The same again changes nothing; what failed or was interrupted is done again. Raises the rejections of
         `manifest` and `rules` before anything is written, and what the operation meets; the record then says `failed`.
         """
-        return self._make(parse(manifest), lambda wanted, held: self._job(wanted, secrets, held), progress)
+        return self._make(
+            parse(manifest), lambda wanted, held: self._job(wanted, secrets, held, volumes), progress, volumes
+        )
 
     def upload(
         self, manifest: Mapping[str, Any], found: Download, progress: Callable[[Progress], None] | None = None
@@ -85,6 +90,7 @@ class Images:
         wanted: Manifest,
         job: Callable[[Manifest, ExitStack], _Job],
         progress: Callable[[Progress], None] | None,
+        volumes: VolumeSource | None = None,
     ) -> BackingImage:
         current = self._catalog.get(wanted.name)
         if current is not None and current.ready and rules.unchanged(wanted, current) == current.spec:
@@ -95,7 +101,7 @@ class Images:
                 current = replace(current, spec=rules.unchanged(wanted, current))
                 self._catalog.save(current)
                 return current
-            wanted = rules.resolved(wanted, self._catalog.get)
+            wanted = rules.resolved(wanted, self._catalog.get, volumes)
             todo = job(wanted, held)
             image = BackingImage.new(wanted, directory, current)
             return self._run(todo, Reporter(image, self._catalog, progress))
@@ -196,7 +202,7 @@ class Images:
             image = image.changed(state=State.FAILED, message=_INTERRUPTED)
         return image
 
-    def _job(self, wanted: Manifest, secrets: SecretSource, held: ExitStack) -> _Job:
+    def _job(self, wanted: Manifest, secrets: SecretSource, held: ExitStack, volumes: VolumeSource | None) -> _Job:
         """The operation that `wanted` asks for, its source held until `held` is closed."""
         spec = wanted.spec
         if spec.source_type == "download":
@@ -206,6 +212,8 @@ class Images:
                 f"{wanted.described} has no content yet", f"upload it: ebi image upload {wanted.name} FILE"
             )
         keys = rules.keys(wanted, secrets)
+        if volumes is not None and spec.source_type == EXPORT:
+            return _Job("export", volume.export(volumes, wanted, keys.new))
         source = held.enter_context(self.held(spec.source))
         if keys.new:
             return _Job(spec.encryption, operations.encrypt(source, keys.new, old=keys.old, sparse=spec.sparse))

@@ -17,6 +17,7 @@ from plugin.images import BackingImage, Images
 from plugin.settings import Settings
 from plugin.volumes import ephemeral, fit, keys, names, parameters, paths, publish, reconcile, stats, tables, usage
 from plugin.volumes.capability import Capability
+from plugin.volumes.disks import Disks
 from plugin.volumes.node import Node
 from plugin.volumes.ondemand import OnDemand
 from plugin.volumes.parameters import VolumeParameters
@@ -29,7 +30,7 @@ CHUNK = 64 << 10
 
 
 class Volumes:
-    """The volumes kept in `root`, which start from `images`."""
+    """The volumes kept in `root`, which start from `images`; images are exported from their `disks`."""
 
     def __init__(self, root: Path, images: Images, settings: Settings) -> None:
         self._records = Records(root)
@@ -37,6 +38,7 @@ class Volumes:
         self._settings = settings
         self._on_demand = OnDemand(images)
         self._node = Node(self._records, images, settings)
+        self.disks = Disks(self._node)
 
     def create(
         self,

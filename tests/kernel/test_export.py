@@ -1,0 +1,107 @@
+"""Images made from volumes that the kernel has written: detached, attached and in use, and with the exporter killed."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from plugin.host import dm, udev
+from plugin.images import BackingImage, DocumentSecrets
+from tests.kernel.world import MIB, SECRET, Machine, World, file_hash, tree_hash
+
+SECRETS = DocumentSecrets([{"kind": "Secret", "metadata": {"name": "key", "namespace": "tests"}, "stringData": SECRET}])
+
+
+@pytest.fixture
+def machine(home: Path, world: World) -> Machine:
+    return Machine(home, world)
+
+
+def export(machine: Machine, name: str, volume: str = "vol", **parameters: str) -> BackingImage:
+    spec = {"sourceType": "export-from-volume", "sourceParameters": {"volume-name": volume, **parameters}}
+    document = {
+        "apiVersion": "longhorn.io/v1beta2",
+        "kind": "BackingImage",
+        "metadata": {"name": name, "namespace": "tests"},
+        "spec": spec,
+    }
+    return machine.world.images.apply(document, SECRETS, volumes=machine.volumes.disks)
+
+
+def remove(machine: Machine, *images: str) -> None:
+    for name in images:
+        machine.world.images.delete(name)
+
+
+def scribble(device: Path) -> None:
+    """Write here and there: over data, into holes, across chunks, in the last sector."""
+    with device.open("r+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        for at, length in ((0, 4096), (5 * MIB - 512, 70_144), (20 * MIB, 3 * MIB), (size - 512, 512)):
+            file.seek(at)
+            file.write(os.urandom(length))
+        os.fsync(file.fileno())
+
+
+def test_raw_volume_is_exported_as_its_device_shows_it(machine: Machine, world: World) -> None:
+    machine.create("vol", 32 * MIB, world.plain)
+    with machine.used("vol", block=True) as target:
+        scribble(target)
+        shown = file_hash(target)
+        raw = export(machine, "attached")
+        assert not _suspended()
+        scribble(target)
+        assert file_hash(raw.path) == shown
+        shown = file_hash(target)
+    assert file_hash(export(machine, "detached").path) == shown
+    packed = export(machine, "packed", **{"export-type": "qcow2"})
+    assert packed.status.format == "qcow2" and file_hash(machine.world.images.raw("packed")) == shown
+    remove(machine, "attached", "detached", "packed")
+
+
+def test_encrypted_volume_in_use_is_exported_and_starts_new_volumes(machine: Machine, world: World) -> None:
+    volume = machine.create("vol", 40 * MIB, world.encrypted)
+    target = machine.stage("vol")
+    (target / "deep" / "new").write_bytes(os.urandom(2 * MIB))  # not synced: the freeze has it written out
+    (target / "deep" / "file7").write_text("changed")
+    files = tree_hash(target)
+    image = export(machine, "copy")
+    assert not _suspended() and image.encrypted and image.spec.secret == "key"
+    assert any("stood still" in event.message for event in image.status.events)
+    (target / "deep" / "later").write_text("goes on")
+    machine.unstage("vol")
+    assert b"golden\n" * 100 not in image.path.read_bytes()
+
+    machine.create("second", 40 * MIB, image)
+    with machine.used("second") as again:
+        assert tree_hash(again) == files
+    machine.volumes.delete("second")
+    remove(machine, "copy")
+
+    detached = export(machine, "copy")
+    machine.create("third", 40 * MIB, detached)
+    with machine.used("vol", block=True) as target, machine.used("third", block=True) as again:
+        assert file_hash(target) == file_hash(again)
+    machine.volumes.delete("third")
+    remove(machine, "copy")
+    assert volume.path.exists()
+
+
+def test_a_killed_exporter_lets_the_volume_go_on(machine: Machine, world: World) -> None:
+    machine.create("vol", 32 * MIB, world.encrypted)
+    target = machine.stage("vol")
+    code = "from plugin.host import dm; import time\nwith dm.still('ebi-vol-vol'): print(1, flush=True); time.sleep(99)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline()
+        assert _suspended() == ["ebi-vol-vol"]
+        process.send_signal(signal.SIGKILL)
+    assert udev.watch().wait_until(lambda: not _suspended(), 30)
+    (target / "file").write_text("written")
+    machine.unstage("vol")
+
+
+def _suspended() -> list[str]:
+    return [mapper.name for mapper in dm.every("ebi-") if mapper.suspended]
