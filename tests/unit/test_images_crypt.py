@@ -5,15 +5,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from plugin.errors import EbiError, Kind
 from plugin.host.files import Extent, data_extents
-from plugin.images import DocumentSecrets, Images, extents
+from plugin.images import DocumentSecrets, extents
 from plugin.luks import header
 from plugin.luks.payload import Cipher
-from plugin.settings import Settings
 from tests.unit.conftest import KIB, MIB, PASSPHRASE, Store, clone, make_raw, secret, sha512
 
 SIZES = [512, 4096, 64 * KIB, MIB + 512, 5 * MIB + 4096, 9 * MIB - 512]
@@ -96,24 +93,6 @@ def test_a_file_without_holes_still_tells_them(store: Store) -> None:
     encrypted.path.write_bytes(encrypted.path.read_bytes())
     encrypted.map_path.unlink()
     assert encrypted.extents() == before
-
-
-@settings(max_examples=12, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    sectors=st.integers(1, 6 * MIB // 512),
-    runs=st.lists(st.tuples(st.integers(0, 6 * MIB // 512), st.integers(1, 600)), max_size=6),
-    key_size=st.sampled_from(["256", "512"]),
-)
-def test_any_size_and_any_holes(
-    tmp_path_factory: pytest.TempPathFactory, sectors: int, runs: list[tuple[int, int]], key_size: str
-) -> None:
-    work, size = tmp_path_factory.mktemp("any"), sectors * 512
-    inside = [(start * 512, min(length * 512, size - start * 512)) for start, length in runs if start < sectors]
-    store = Store(work, Images(work / "images", Settings(workers=1)), DocumentSecrets([secret(KEY_SIZE=key_size)]))
-    raw = make_raw(work / "raw", size, inside)
-    store.download(raw)
-    store.apply(clone("e", "golden", "encrypt"))
-    assert sha512(store.apply(clone("d", "e", "decrypt")).path) == sha512(raw)
 
 
 def test_a_wrong_passphrase_decrypts_nothing(store: Store) -> None:
