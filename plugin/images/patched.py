@@ -9,7 +9,7 @@ from plugin.host.files import Extent
 from plugin.images.disk import Source
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Patch:
     """`length` bytes of the disk from byte `start` on, which lie at byte `place` of the upper disk."""
 

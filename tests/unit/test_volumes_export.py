@@ -14,7 +14,7 @@ import pytest
 
 from plugin.errors import EbiError, Kind
 from plugin.host.files import Extent
-from plugin.images import BackingImage, DocumentSecrets
+from plugin.images import BackingImage, DocumentSecrets, integrity
 from plugin.images.formats import Format
 from plugin.images.progress import Progress
 from plugin.luks import header
@@ -123,6 +123,7 @@ class TestDetached:
         assert (image.status.format, image.encrypted, image.virtual_size) == (form, False, CAPACITY)
         raw = node.store.images.raw("copy")
         assert raw.read_bytes() == _shown(node.store.work / "raw", written)
+        integrity.verify(node.store.images, Settings(workers=1), "copy")
 
     def test_encrypted_volume_becomes_an_encrypted_image(self, node: Node, written: dict[int, bytes]) -> None:
         volume = node.make(node.store.images.get("locked"), encrypted=True, written=written)
