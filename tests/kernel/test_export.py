@@ -4,12 +4,15 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from plugin.host import dm, udev
-from plugin.images import BackingImage, DocumentSecrets
+from plugin.host import dm, mounts, udev
+from plugin.images import BackingImage, DocumentSecrets, Images
+from plugin.settings import Settings
+from plugin.volumes import Capability, Volumes, disks
 from tests.kernel.world import MIB, SECRET, Machine, World, file_hash, tree_hash
 
 SECRETS = DocumentSecrets([{"kind": "Secret", "metadata": {"name": "key", "namespace": "tests"}, "stringData": SECRET}])
@@ -20,15 +23,19 @@ def machine(home: Path, world: World) -> Machine:
     return Machine(home, world)
 
 
-def export(machine: Machine, name: str, volume: str = "vol", **parameters: str) -> BackingImage:
-    spec = {"sourceType": "export-from-volume", "sourceParameters": {"volume-name": volume, **parameters}}
+def export(images: Images, volumes: Volumes, name: str, **parameters: str) -> BackingImage:
+    spec = {"sourceType": "export-from-volume", "sourceParameters": {"volume-name": "vol", **parameters}}
     document = {
         "apiVersion": "longhorn.io/v1beta2",
         "kind": "BackingImage",
         "metadata": {"name": name, "namespace": "tests"},
         "spec": spec,
     }
-    return machine.world.images.apply(document, SECRETS, volumes=machine.volumes.disks)
+    return images.apply(document, SECRETS, volumes=volumes.disks)
+
+
+def exported(machine: Machine, name: str, **parameters: str) -> BackingImage:
+    return export(machine.world.images, machine.volumes, name, **parameters)
 
 
 def remove(machine: Machine, *images: str) -> None:
@@ -51,13 +58,13 @@ def test_raw_volume_is_exported_as_its_device_shows_it(machine: Machine, world: 
     with machine.used("vol", block=True) as target:
         scribble(target)
         shown = file_hash(target)
-        raw = export(machine, "attached")
+        raw = exported(machine, "attached")
         assert not _suspended()
         scribble(target)
         assert file_hash(raw.path) == shown
         shown = file_hash(target)
-    assert file_hash(export(machine, "detached").path) == shown
-    packed = export(machine, "packed", **{"export-type": "qcow2"})
+    assert file_hash(exported(machine, "detached").path) == shown
+    packed = exported(machine, "packed", **{"export-type": "qcow2"})
     assert packed.status.format == "qcow2" and file_hash(machine.world.images.raw("packed")) == shown
     remove(machine, "attached", "detached", "packed")
 
@@ -68,7 +75,7 @@ def test_encrypted_volume_in_use_is_exported_and_starts_new_volumes(machine: Mac
     (target / "deep" / "new").write_bytes(os.urandom(2 * MIB))  # not synced: the freeze has it written out
     (target / "deep" / "file7").write_text("changed")
     files = tree_hash(target)
-    image = export(machine, "copy")
+    image = exported(machine, "copy")
     assert not _suspended() and image.encrypted and image.spec.secret == "key"
     assert any("stood still" in event.message for event in image.status.events)
     (target / "deep" / "later").write_text("goes on")
@@ -81,13 +88,44 @@ def test_encrypted_volume_in_use_is_exported_and_starts_new_volumes(machine: Mac
     machine.volumes.delete("second")
     remove(machine, "copy")
 
-    detached = export(machine, "copy")
+    detached = exported(machine, "copy")
     machine.create("third", 40 * MIB, detached)
     with machine.used("vol", block=True) as target, machine.used("third", block=True) as again:
         assert file_hash(target) == file_hash(again)
     machine.volumes.delete("third")
     remove(machine, "copy")
     assert volume.path.exists()
+
+
+@pytest.fixture
+def sharing(home: Path) -> Iterator[Path]:
+    """A directory on a filesystem that shares blocks."""
+    disk, mounted = home / "xfs", home / "mounted"
+    disk.touch()
+    os.truncate(disk, 320 * MIB)
+    mounted.mkdir()
+    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", disk], check=True)
+    subprocess.run(["mount", "-o", "loop", disk, mounted], check=True)
+    yield mounted
+    mounts.unmount(mounted)
+
+
+def test_where_files_share_blocks_nothing_is_copied_aside(sharing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = Images(sharing / "images", Settings(workers=1))
+    volumes = Volumes(sharing / "volumes", images, Settings())
+    volumes.create("vol", 48 * MIB, {"encrypted": "true"})
+    staging = sharing / "staging"
+    staging.mkdir()
+    volumes.stage("vol", staging, Capability(), SECRET, {})
+    (staging / "file").write_bytes(os.urandom(8 * MIB))
+    wanted = tree_hash(staging)
+    monkeypatch.delattr(disks, "_copy")
+    image = export(images, volumes, "copy", **{"secret": "key", "secret-namespace": "tests"})
+    volumes.unstage("vol", staging)
+    volumes.create("second", 48 * MIB, {"encrypted": "true", "backingImage": image.name})
+    volumes.stage("second", staging, Capability(), SECRET, {})
+    assert tree_hash(staging) == wanted
+    volumes.unstage("second", staging)
 
 
 def test_a_killed_exporter_lets_the_volume_go_on(machine: Machine, world: World) -> None:

@@ -61,7 +61,7 @@ def test_one_bit_is_found_and_the_image_not_served(golden: Store, name: str, at:
 
 
 def test_a_plain_clone_finds_damage_in_its_source(golden: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operations, "_shared", lambda *_: False)
+    monkeypatch.setattr(operations, "share", lambda *_: False)
     assert golden.apply(clone("x", "e")).path.read_bytes() == golden.images.get("e").path.read_bytes()
     assert verify(golden, "x").ready
     flip(golden.images.get("e").path, 22 * MIB)
@@ -71,7 +71,7 @@ def test_a_plain_clone_finds_damage_in_its_source(golden: Store, monkeypatch: py
 
 
 def test_a_dense_clone_stays_dense_and_equal(golden: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operations, "_shared", lambda *_: False)
+    monkeypatch.setattr(operations, "share", lambda *_: False)
     golden.apply(clone("full", "e", "decrypt", sparse="false"))
     copy = golden.apply(clone("x", "full"))
     assert sha512(copy.path) == sha512(golden.work / "raw") and copy.path.stat().st_blocks * 512 >= 12 * MIB
