@@ -3,7 +3,8 @@ Without a command: all of it, each suite where it belongs, `images` right here a
 device-mapper (tests/vm/run).
 
 EBI_BENCH_DIR (or EBI_TEST_DIR, or /var/tmp) takes the files, some five times the size in all, gone afterwards. Results
-go to EBI_RESULTS, or .cache/results. Exit status 3 when a target was missed.
+go to EBI_RESULTS, or .cache/results. EBI_BENCH_VOLUMES is how many volumes are staged
+together. Exit status 3 when a target was missed.
 """
 
 import argparse
@@ -32,6 +33,7 @@ RESULTS = Path(os.environ.get("EBI_RESULTS", ROOT / ".cache/results"))
 _PART = "bench-part.json"
 _NODE = {"stage": staging.measure, "many": many.measure, "disk": disk.measure}
 _MISSED = 3
+_VOLUMES = int(os.environ.get("EBI_BENCH_VOLUMES", "100"))  # staged together
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def _node(arguments: argparse.Namespace, store: Store, results: Results, clock: 
 _SUITES = {
     "images": _Suite(_images, images.HOW, size=2048, patience=120, devices=False, parts=images.SECTIONS),
     "longhorn": _Suite(_longhorn, longhorn.HOW, size=256),
-    "node": _Suite(_node, node.HOW, volumes=100, parts=_NODE),
+    "node": _Suite(_node, node.HOW, volumes=_VOLUMES, parts=_NODE),
 }
 
 

@@ -16,7 +16,7 @@ from tests.demo.node import Node
 _AT_ONCE = 8
 _CAPACITY = 64 * MIB
 _LOOKS = 10  # times that the server is looked at on the way
-_STAGE = ("unlock_image", "format_volume", "unlock_volume", "map", "fsck", "mount")
+_STAGE = ("format_volume", "unlock_volume", "map", "fsck", "mount")
 _UNSTAGE = ("unmount", "unmap")
 
 
@@ -47,7 +47,7 @@ class _Course:
 
     def _times(self) -> dict[str, tuple[int, float]]:
         return {
-            labels.split()[0]: (count, seconds)
+            labels.split()[-1]: (count, seconds)  # the labels come in the order of their names: result, step
             for name, labels, count, seconds in self.node.timings()
             if name == "ebi_step_duration_seconds"
         }
