@@ -17,6 +17,7 @@ from plugin.host import dm, loop
 from plugin.luks import header, mapping
 from plugin.luks.parameters import SecretParameters
 from plugin.volumes import Capability, names, service
+from tests.bench import content
 from tests.bench.node import Golden, Suite
 from tests.bench.ours import secret
 from tests.bench.result import MIB, Row, Values, table
@@ -48,7 +49,7 @@ def measure(suite: Suite) -> None:
     """Every chunk size against plain dm-crypt, by turns; the rows are of the default chunk size."""
     found: dict[int, list[dict[str, float]]] = {chunk: [] for chunk in CHUNKS}
     plain: list[dict[str, float]] = []
-    with suite.golden("least") as golden:
+    with suite.golden("least", content.dense(suite.store.work / "dense.raw", _CAPACITY)) as golden:
         for _ in range(suite.clock.rounds):
             with _plain(suite) as device:
                 plain.append(_runs(device))
