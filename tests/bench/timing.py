@@ -42,9 +42,9 @@ class Clock:
     noise: list[float] = field(default_factory=list)
 
     def compare(
-        self, contenders: Sequence[Contender], *, cold: Iterable[Path] = (), more: int = _MORE
+        self, contenders: Sequence[Contender], *, cold: Iterable[Path] = (), exactly: int = 0
     ) -> dict[str, Values]:
-        """Seconds of each contender, by name: as many as `rounds`, up to `more` where they differ much.
+        """Seconds of each contender, by name: as many as `rounds`, two more if they differ much; or `exactly` so many.
 
         The page cache is warm: a first run, not counted, fills it. The files `cold` are thrown out of it before each
         run.
@@ -54,8 +54,10 @@ class Clock:
         if not cold:
             contenders[0].run()
             contenders[0].clean()
-        for number in range(self.rounds + more):
-            if number >= self.rounds and all(Values(tuple(found)).spread <= _NOISY for found in seconds.values()):
+        for number in range(exactly or self.rounds + _MORE):
+            if number >= (exactly or self.rounds) and all(
+                Values(tuple(found)).spread <= _NOISY for found in seconds.values()
+            ):
                 break
             for contender in contenders:
                 seconds[contender.name].append(self.time(contender.run, contender.clean, cold))
