@@ -137,3 +137,10 @@ def filesystem_size(path: Path) -> int | None:
         if block[0x40:0x48] == b"_BHRfS_M":
             return int(struct.unpack_from("<Q", block, 0xC9 + 8)[0])  # dev_item.total_bytes
     return None
+
+
+def ext_panics(path: Path) -> bool:
+    """Whether the ext2, 3 or 4 on `path` has the kernel panic on an error ("Super Block", s_errors)."""
+    with _opened(path) as fd:
+        magic, errors = (struct.unpack("<H", os.pread(fd, 2, 1024 + offset))[0] for offset in (0x38, 0x3C))
+    return bool(magic == 0xEF53 and errors == 3)

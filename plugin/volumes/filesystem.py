@@ -70,6 +70,9 @@ def mount(device: Path, target: Path, fs_type: str, options: Sequence[str], owne
     if fs_type == "xfs":
         # Volumes from one image carry its UUID, and XFS mounts each UUID only once.
         options = [*options, "nouuid"]
+    if fs_type.startswith("ext") and blockdev.ext_panics(device):
+        # Its maker would have an error take down the node. Options that were asked for can't ask for that.
+        options = ["errors=remount-ro", *options]
     with events.step("mount"):
         try:
             mounts.mount(device, target, fs_type, options)

@@ -3,16 +3,18 @@
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
+from plugin import findings
 from plugin.errors import EbiError, Kind, invalid, out_of_range, precondition
 from plugin.findings import Finding
 from plugin.host import dm, files, mounts
-from plugin.host.lock import locked
+from plugin.host.lock import is_locked, locked
 from plugin.images import BackingImage, Images
 from plugin.settings import Settings
 from plugin.volumes import ephemeral, fit, keys, names, parameters, paths, publish, reconcile, stats, tables, usage
@@ -224,7 +226,10 @@ class Volumes:
     def unpublish(self, volume: str, target: Path) -> None:
         """Undo `publish`; what is not there is fine. An ephemeral volume goes with it."""
         publish.unpublish(self._node, volume, target)
-        record = self._records.find(volume)
+        try:
+            record = self._records.find(volume)
+        except EbiError:  # a damaged record keeps nobody from unpublishing
+            return
         if record is not None and record.ephemeral == str(mounts.canonical(target)):
             self._remove_ephemeral(record)
 
@@ -247,13 +252,7 @@ class Volumes:
     def recover(self) -> None:
         """Clean up, or bring to its end, what a killed process left."""
         reconcile.recover(self._node)
-        for volume in self._records.every():
-            if ephemeral.is_forgotten(volume):
-                log.warning("removing the inline volume %s: its pod has gone", volume.id)
-                try:
-                    self._remove_ephemeral(volume)
-                except EbiError as error:
-                    log.warning("%s", error)
+        findings.repair(self._forgotten())
 
     def watching(self) -> AbstractContextManager[None]:
         """Within the block, also when a device of ours vanishes without our doing."""
@@ -261,4 +260,13 @@ class Volumes:
 
     def examine(self) -> Sequence[Finding]:
         """What is wrong with the volumes, their devices and mounts."""
-        return list(reconcile.examine(self._node))
+        return [*reconcile.examine(self._node), *self._forgotten()]
+
+    def _forgotten(self) -> Iterator[Finding]:
+        for volume in self._records.every():
+            if ephemeral.is_forgotten(volume) and not is_locked(volume.directory):
+                text = f"its pod has gone, and nobody will unpublish it at {volume.ephemeral}"
+                remove = partial(self._remove_ephemeral, volume)
+                yield Finding(
+                    "forgotten", f"inline volume {volume.id}", text, "ebi doctor --fix removes it", remove, safe=True
+                )

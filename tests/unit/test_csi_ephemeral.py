@@ -7,6 +7,10 @@ from typing import Any
 import pytest
 
 from csi.stubs import csi_pb2
+from plugin.images import Images
+from plugin.settings import Settings
+from plugin.volumes import Volumes
+from plugin.volumes.record import RECORD
 from tests.unit.csi_node import MIB, Mode, Node, code, mount, refused, running
 
 ID = "csi-" + "0f" * 32  # as kubelet names them
@@ -70,3 +74,23 @@ def test_without_the_word_of_kubelet_a_publish_needs_a_staging_path(node: Node, 
     for context in ({}, {"csi.storage.k8s.io/ephemeral": "false"}):
         call = lambda context=context: publish(node, tmp_path / "target", "pvc-1", volume_context=context)  # noqa: E731
         assert code(call) == "FAILED_PRECONDITION"
+
+
+def test_that_of_a_pod_that_is_gone_is_found_and_removed_and_another_s_is_not(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path)
+    volumes = Volumes(tmp_path / "volumes", Images(tmp_path / "images", settings), settings)
+    (tmp_path / "pod").mkdir()
+    volumes.create("csi-there", MIB, {}, target=str(tmp_path / "pod" / "mount"))
+    volumes.create("csi-gone", MIB, {}, target=str(tmp_path / "other" / "mount"))
+    volumes.create("pvc-1", MIB, {})
+    found = [finding for finding in volumes.examine() if finding.kind == "forgotten"]
+    assert [(finding.subject, finding.safe) for finding in found] == [("inline volume csi-gone", True)]
+    volumes.recover()
+    assert [volume.id for volume in volumes.list()] == ["csi-there", "pvc-1"]
+
+
+def test_a_damaged_record_keeps_nobody_from_unpublishing(node: Node, tmp_path: Path) -> None:
+    node.create("pvc-damaged", MIB)
+    (node.settings.data_dir / "volumes" / "pvc-damaged" / RECORD).write_text("{")
+    request = csi_pb2.NodeUnpublishVolumeRequest(volume_id="pvc-damaged", target_path=str(tmp_path / "target"))
+    node.node.NodeUnpublishVolume(request)

@@ -1,5 +1,6 @@
 """What a StorageClass and a capability may say."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plugin.errors import EbiError, Kind
-from plugin.host import mounts
+from plugin.host import blockdev, mounts
 from plugin.settings import Settings
 from plugin.volumes import Capability, names, parameters, paths
 
@@ -229,3 +230,10 @@ class TestPaths:
             paths.remove_target(target)
             paths.remove_target(target)
             assert not target.exists()
+
+
+@pytest.mark.parametrize(("behaviour", "expected"), [("panic", True), ("continue", False), ("remount-ro", False)])
+def test_a_filesystem_that_would_take_the_node_down_is_known(tmp_path: Path, behaviour: str, expected: bool) -> None:
+    file = tmp_path / "file"
+    subprocess.run(["mkfs.ext4", "-q", "-e", behaviour, file, "4M"], check=True, capture_output=True)
+    assert blockdev.ext_panics(file) is expected
