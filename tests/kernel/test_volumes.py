@@ -106,16 +106,6 @@ class TestVolumeFromAnImage:
         machine.unstage("one")
         machine.unstage("two")
 
-    def test_xfs_volumes_of_one_image_are_mounted_together(self, machine: Machine, world: World) -> None:
-        for name in ("one", "two"):
-            machine.create(name, 400 * MIB, world.xfs)
-            machine.stage(name)
-            (machine.staging / name / "file").write_text(name)
-            assert machine.volumes.stats(name, machine.staging / name).total_bytes > 320 * MIB  # less its log
-        for name in ("one", "two"):
-            assert (machine.staging / name / "file").read_text() == name
-            machine.unstage(name)
-
 
 class TestWrongPassphrase:
     def test_does_not_open_the_image(self, machine: Machine, world: World) -> None:
@@ -250,20 +240,6 @@ class TestRepeats:
 
 
 class TestPublish:
-    def test_one_path_for_a_single_writer_several_for_many(self, machine: Machine) -> None:
-        machine.create("vol", 32 * MIB)
-        machine.stage("vol")
-        machine.publish("vol", "first")
-        with failure(Kind.PRECONDITION, "SINGLE_NODE_WRITER allows one path"):
-            machine.publish("vol", "second")
-        second = machine.publish("vol", "second", access=AccessMode.SINGLE_NODE_MULTI_WRITER)
-        (second / "file").write_text("text")
-        with failure(Kind.PRECONDITION, "still published at"):
-            machine.unstage("vol")
-        machine.unpublish("vol", "first")
-        machine.unpublish("vol", "second")
-        machine.unstage("vol")
-
     def test_read_only_refuses_writes(self, machine: Machine) -> None:
         machine.create("vol", 32 * MIB)
         machine.stage("vol")
@@ -560,19 +536,6 @@ class TestAttachedDevice:
         with loop.attached(file) as device, failure(Kind.PRECONDITION):
             self.stage(machine, device, encrypted=encrypted)
         assert not any(file.read_bytes())
-
-    def test_that_came_again_as_another_device_is_opened_anew(self, machine: Machine) -> None:
-        for number in (1, 2):
-            file = machine.home / f"file{number}"
-            subprocess.run(["mkfs.ext4", "-q", file, "32M"], check=True)
-        with loop.attached(machine.home / "file1") as first, loop.attached(machine.home / "file2") as second:
-            staging = self.stage(machine, first, encrypted=False)
-            mounts.unmount(staging)
-            self.stage(machine, second, encrypted=False)
-            mapper = dm.find("ebi-vol-pvc-1")
-            assert mapper is not None
-            assert mapper.slaves == {second.name}
-            machine.volumes.unstage("pvc-1", staging)
 
 
 class TestOneOperationAtATime:
