@@ -9,9 +9,8 @@ from plugin.images import BackingImage
 from plugin.luks import header, mapping
 from plugin.luks.flags import NONE, Flags
 from plugin.luks.parameters import SecretParameters
-from plugin.volumes import imagemap, names
+from plugin.volumes import imagemap, names, parameters
 from plugin.volumes.layers import Base, Crypt, DeviceBacking, FileBacking, Layer, Linear, Snapshot
-from plugin.volumes.parameters import parse
 from plugin.volumes.record import Volume
 from plugin.volumes.stack import Stack
 
@@ -34,23 +33,23 @@ def volume(record: Volume, image: BackingImage | None, keys: Keys, *, block: boo
     `block` says that its first use is as a raw device.
     """
     fresh = not record.formatted
-    flags = parse(record.parameters).flags
+    flags = parameters.flags(record.parameters)
     top, below = names.top(record.id), FileBacking(record.path, discards=flags.discards)
     own = top if image is None else names.store(record.id)
 
     def unlock(device: Path) -> None:
-        parameters = keys.parameters()
+        secret = keys.parameters()
         if not fresh:
-            _open(device, own, parameters, record.described)
+            _open(device, own, secret, record.described)
             return
-        key = os.urandom(parameters.key_size // 8)
+        key = os.urandom(secret.key_size // 8)
         source = header.read(image.disk) if image is not None else None
         sector_size = source.sector_size if source else 512 if block else 4096
         # The image's cost of a key derivation is taken over, so that none need be measured.
         cost = source.pbkdf if source else None
         header.create(
             record.path,
-            parameters,
+            secret,
             key,
             sector_size=sector_size,
             owner=record.described,

@@ -15,11 +15,10 @@ from plugin.host import blockdev, dm, mounts
 from plugin.host.lock import locked
 from plugin.images import BackingImage, Images
 from plugin.settings import Settings
-from plugin.volumes import assemble, attached, filesystem, group, layers, names, paths, usage
+from plugin.volumes import assemble, attached, filesystem, group, layers, names, parameters, paths, usage
 from plugin.volumes.assemble import Keys
 from plugin.volumes.attached import Attached
 from plugin.volumes.capability import Capability
-from plugin.volumes.parameters import parse
 from plugin.volumes.record import STAGING, Records, Volume
 from plugin.volumes.stack import Stack, take_down
 
@@ -140,7 +139,8 @@ class Node:
     def _reserve_again(self, record: Volume) -> None:
         if not record.path.exists():
             raise precondition(f"the file of {record.described} is missing", f"it was {record.path}")
-        if record.is_reserved or parse(record.parameters).flags.discards:
+        wanted = not parameters.flags(record.parameters).discards
+        if not wanted or record.is_reserved or dm.find(names.top(record.id)):  # staged elsewhere, so it was looked at
             return
         # Somebody has punched holes, through the raw device or from outside. The data is whole all the same.
         log.warning("%s has lost blocks that were reserved for it", record.described)

@@ -72,9 +72,14 @@ def parse(parameters: Mapping[str, Any]) -> VolumeParameters:
         image_checksum=checksum.lower(),
         fs_type=fs_type,
         mkfs_options=_options(values.get("mkfsParams", "")),
-        flags=_flags(values, encrypted=encrypted),
+        flags=_checked_flags(values, encrypted=encrypted),
         ignored=tuple(sorted(key for key in values.keys() & _NO_EFFECT if values[key])),
     )
+
+
+def flags(given: Mapping[str, str]) -> Flags:
+    """The flags in the parameters of a volume that exists: what else they say was checked when it was made."""
+    return Flags(*(_boolean(name, given.get(name, "")) for name in FLAGS))
 
 
 def _boolean(name: str, value: str) -> bool:
@@ -84,17 +89,17 @@ def _boolean(name: str, value: str) -> bool:
         raise _bad(name, value, '"true" or "false"') from None
 
 
-def _flags(values: Mapping[str, str], *, encrypted: bool) -> Flags:
-    discard, reads, writes = (_boolean(name, values.get(name, "")) for name in FLAGS)
-    if (reads or writes) and not encrypted:
-        name = _WORKQUEUES[0] if reads else _WORKQUEUES[1]
+def _checked_flags(values: Mapping[str, str], *, encrypted: bool) -> Flags:
+    found = flags(values)
+    if (found.no_read_workqueue or found.no_write_workqueue) and not encrypted:
+        name = _WORKQUEUES[0] if found.no_read_workqueue else _WORKQUEUES[1]
         raise invalid(f"the StorageClass parameter {name} is for encrypted volumes", "take it out")
-    if discard and values.get("backingImage"):
+    if found.discards and values.get("backingImage"):
         raise invalid(
             f"the StorageClass parameter {_DISCARD} is for volumes that start from no backing image",
             "take it out: dm-snapshot lets no discards through",
         )
-    return Flags(discard, reads, writes)
+    return found
 
 
 def _mapping(value: str) -> Mapping[str, str] | None:
