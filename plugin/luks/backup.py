@@ -47,7 +47,7 @@ def restore(backup: Path, path: Path, owner: str, known: Header | None) -> Heade
             f"{backup.name} is the header of another device: its UUID is {found.uuid}, that of {owner} is {known.uuid}",
             "name the backup of this image",
         )
-    if known and _payload(found) != _payload(known):
+    if known and _payload(found, owner) != _payload(known, owner):
         raise invalid(
             f"the header in {backup.name} has another volume key or payload than {owner}",
             "it was made before the payload was encrypted anew",
@@ -58,10 +58,12 @@ def restore(backup: Path, path: Path, owner: str, known: Header | None) -> Heade
     return found
 
 
-def _payload(found: Header) -> tuple[object, ...]:
+def _payload(found: Header, owner: str) -> tuple[object, ...]:
     """What tells one volume key and payload from another."""
-    digests = found.json.get("digests", {}).values()
-    return found.json.get("segments"), sorted(str(digest.get("digest")) for digest in digests)
+    try:
+        return found.json["segments"], sorted(str(digest["digest"]) for digest in found.json["digests"].values())
+    except (KeyError, TypeError, AttributeError):
+        raise invalid(f"the LUKS2 header of {owner} makes no sense", "its digests are damaged") from None
 
 
 def _areas(found: Header, owner: str) -> list[Extent]:
@@ -71,7 +73,7 @@ def _areas(found: Header, owner: str) -> list[Extent]:
         runs = [Extent(int(area["offset"]), int(area["size"])) for area in areas]
         # A copy of the metadata is a binary header of 4096 bytes and the JSON area; the second follows the first.
         runs.append(Extent(0, 2 * (4096 + int(found.json["config"]["json_size"]))))
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
         runs = []
     if not runs or any(run.start < 0 or run.length < 0 or run.end > min(found.payload_offset, _MOST) for run in runs):
         raise invalid(f"the LUKS2 header of {owner} makes no sense", "its keyslots lie outside of it")

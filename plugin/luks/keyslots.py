@@ -34,7 +34,7 @@ def listed(found: Header) -> list[Keyslot]:
             )
             for number, slot in sorted(slots.items())
         ]  # fmt: skip
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
         raise EbiError(
             f"the keyslots of the LUKS2 header {found.uuid} make no sense",
             kind=Kind.INVALID,

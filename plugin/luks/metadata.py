@@ -23,6 +23,7 @@ _BINARY_SIZE = 4096
 _CHECKSUM = slice(448, 512)
 _SIZES = tuple(1 << power for power in range(14, 23))  # 16 KiB to 4 MiB, binary header included
 _ALGORITHMS = ("sha256", "sha512", "sha384", "sha224", "sha1")
+_LONGEST_KEY = 512  # bytes, as in cryptsetup
 _SECTOR_SIZES = (512, 1024, 2048, 4096)
 
 
@@ -78,7 +79,7 @@ def read_fd(fd: int, name: str) -> Header:
     _, binary, document = copies[-1]
     try:
         return _header(binary, document, name)
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError):
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError, RecursionError):
         raise invalid(f"the LUKS2 header of {name} makes no sense", "restore it from its backup") from None
 
 
@@ -95,7 +96,7 @@ def costs(path: Path) -> list[Pbkdf]:
     try:
         slots = copies[-1][2]["keyslots"].values() if copies else ()
         return [pbkdf_of(slot["kdf"]) for slot in slots if slot["type"] == "luks2"]
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
         return []  # cryptsetup will say what is wrong with it
 
 
@@ -169,13 +170,16 @@ def _header(binary: tuple[Any, ...], document: dict[str, Any], name: str) -> Hea
     if sector_size not in _SECTOR_SIZES or offset % 512 or (size is not None and size % sector_size):
         raise ValueError
     slots = sorted(document["keyslots"].items(), key=lambda item: int(item[0]))
+    key_size = int(slots[0][1]["key_size"]) if slots else 0
+    if not 0 <= key_size <= _LONGEST_KEY:
+        raise ValueError
     return Header(
         uuid=_string(binary[7]),
         payload_offset=offset,
         payload_size=size,
         sector_size=sector_size,
         cipher=_text(segment["encryption"]),
-        key_size=8 * int(slots[0][1]["key_size"]) if slots else 0,
+        key_size=8 * key_size,
         iv_tweak=tweak,
         pbkdf=next((pbkdf_of(slot["kdf"]) for _, slot in slots if slot["type"] == "luks2"), None),
         label=_string(binary[4]),
@@ -186,8 +190,16 @@ def _header(binary: tuple[Any, ...], document: dict[str, Any], name: str) -> Hea
 def pbkdf_of(kdf: dict[str, Any]) -> Pbkdf:
     """A keyslot's derivation. Raises KeyError, TypeError or ValueError where it is none."""
     if kdf["type"] == "pbkdf2":
-        return Pbkdf("pbkdf2", int(kdf["iterations"]))
-    return Pbkdf(_text(kdf["type"]), int(kdf["time"]), int(kdf["memory"]), int(kdf["cpus"]))
+        return Pbkdf("pbkdf2", _cost(kdf["iterations"]))
+    return Pbkdf(_text(kdf["type"]), _cost(kdf["time"]), _cost(kdf["memory"]), _cost(kdf["cpus"]))
+
+
+def _cost(value: Any) -> int:
+    """A 32-bit number."""
+    number = int(value)
+    if not 0 <= number < 1 << 32:
+        raise ValueError
+    return number
 
 
 def _count(value: Any) -> int:

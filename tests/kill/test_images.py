@@ -3,7 +3,7 @@
 EBI_KILL_ROUNDS sets how many kills in all (default 200), EBI_KILL_SEED repeats a run.
 """
 
-import json
+import hashlib
 import os
 import random
 import signal
@@ -14,49 +14,71 @@ from pathlib import Path
 
 import pytest
 import yaml
+import zstandard
 
+from plugin import cli
+from plugin.errors import EbiError, Kind
+from plugin.images import BackingImage, Images
+from plugin.luks import header
+from plugin.settings import Settings
 from tests.demo import golden
 
 MIB = 1 << 20
+SIZE = 24 * MIB
 ROUNDS = int(os.environ.get("EBI_KILL_ROUNDS", "200"))
 SEED = int(os.environ.get("EBI_KILL_SEED", str(random.SystemRandom().randrange(1 << 32))))
-SECRET = {"CRYPTO_KEY_VALUE": "kill", "CRYPTO_PBKDF": "pbkdf2", "CRYPTO_PBKDF_FORCE_ITERATIONS": "1000"}
 SPACE = {"namespace": "longhorn-system"}
+OPERATIONS = ("download", "unpack", "upload", "clone", "encrypt", "encrypt qcow2", "decrypt", "reencrypt")
+EACH = ROUNDS // (len(OPERATIONS) + 1)  # rekey is the other one
 
 
 class Store:
-    """A data directory with sources in it, and operations to kill."""
+    """A data directory with sources in it, and the commands of the operations to kill."""
 
     def __init__(self, work: Path) -> None:
         self.work, self.data = work, work / "ebi"
-        self.secret = self.write(
-            {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "key", **SPACE}, "stringData": SECRET}
-        )
-        raw, qcow2 = work / "golden.raw", work / "golden.qcow2"
+        self.images = Images(self.data / "images", Settings())
+        self.secret, self.other = self.write_secret("key"), self.write_secret("other")
+        raw, qcow2, packed = work / "golden.raw", work / "golden.qcow2", work / "golden.packed"
         with raw.open("wb") as file:  # random data with holes, so that neither compresses nor deduplicates
-            file.truncate(64 * MIB)
-            for start in range(0, 64, 8):
-                file.seek(start * MIB)
-                file.write(os.urandom(4 * MIB))
+            file.truncate(SIZE)
+            for start in range(0, SIZE, 8 * MIB):
+                file.seek(start)
+                file.write(os.urandom(5 * MIB))
         golden.make_qcow2(raw, qcow2)
+        packed.write_bytes(zstandard.compress(raw.read_bytes(), 1))
         self.plain = golden.sha512(raw)
         self.ebi("apply", "-f", self.image("raw", "download", url=raw.as_uri()))
         self.ebi("apply", "-f", self.image("qcow2", "download", url=qcow2.as_uri()))
         self.ebi("apply", "-f", self.secret, "-f", self.clone("luks", "raw", "encrypt"))
-        self.sources = {name: golden.sha512(self.path(name)) for name in ("raw", "qcow2", "luks")}
-        self.operations = {
+        self.sources = {name: golden.sha512(self.get(name).path) for name in ("raw", "qcow2", "luks")}
+        manifests = {
             "download": self.image("target", "download", url=raw.as_uri(), checksum=self.plain),
+            "unpack": self.image("target", "download", url=packed.as_uri(), checksum=golden.sha512(packed)),
             "clone": self.clone("target", "raw", "ignore"),
             "encrypt": self.clone("target", "raw", "encrypt"),
             "encrypt qcow2": self.clone("target", "qcow2", "encrypt"),
             "decrypt": self.clone("target", "luks", "decrypt"),
+            "reencrypt": self.clone("target", "luks", "reencrypt"),
         }
+        secrets = ("-f", self.secret, "-f", self.other)
+        self.commands: dict[str, tuple[str | Path, ...]] = {
+            name: ("apply", *secrets, "-f", manifest) for name, manifest in manifests.items()
+        }
+        self.commands["upload"] = ("image", "upload", "target", raw, "--checksum", self.plain)
 
     def write(self, document: dict[str, object]) -> Path:
         """The document as a file."""
         path = self.work / f"{os.urandom(4).hex()}.yaml"
         path.write_text(yaml.safe_dump(document))
         return path
+
+    def write_secret(self, name: str) -> Path:
+        """A Secret whose passphrase is its name, and its key derivation cheap."""
+        data = {"CRYPTO_KEY_VALUE": name, "CRYPTO_PBKDF": "pbkdf2", "CRYPTO_PBKDF_FORCE_ITERATIONS": "1000"}
+        return self.write(
+            {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name, **SPACE}, "stringData": data}
+        )
 
     def image(self, name: str, source: str, checksum: str = "", **parameters: str) -> Path:
         """A BackingImage manifest."""
@@ -67,32 +89,42 @@ class Store:
     def clone(self, name: str, source: str, encryption: str) -> Path:
         """A clone's manifest."""
         keys = {} if encryption == "ignore" else {"secret": "key", "secret-namespace": SPACE["namespace"]}
+        if encryption == "reencrypt":
+            keys |= {"secret": "other", "source-secret": "key", "source-secret-namespace": SPACE["namespace"]}
         return self.image(name, "clone", **{"backing-image": source, "encryption": encryption, **keys})
 
-    def command(self, *arguments: str | Path) -> list[str | Path]:
-        """`ebi` on this data directory."""
-        return [sys.executable, "-m", "plugin.cli", "--data-dir", self.data, *arguments]
+    def command(self, *arguments: str | Path) -> list[str]:
+        """`ebi` on this data directory, as a process."""
+        return [sys.executable, "-m", "plugin.cli", *self.arguments(*arguments)]
 
-    def ebi(self, *arguments: str | Path) -> str:
-        """Run `ebi` to its end, which must be a good one."""
-        done = subprocess.run(self.command(*arguments), capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{arguments}: {done.stderr}"
-        return done.stdout
+    def arguments(self, *arguments: str | Path) -> list[str]:
+        """Those of `ebi` on this data directory."""
+        return ["--data-dir", str(self.data), *(str(argument) for argument in arguments)]
 
-    def status(self, name: str) -> dict[str, object] | None:
-        """The image's status, or None where there is no such image."""
-        items = json.loads(self.ebi("get", "backingimages", "-o", "json"))["items"]
-        return next((item["status"] for item in items if item["metadata"]["name"] == name), None)
+    def ebi(self, *arguments: str | Path) -> None:
+        """`ebi` in this process, which must end well."""
+        assert cli.main(self.arguments(*arguments)) == 0, arguments
 
-    def path(self, name: str) -> Path:
-        """The image's file."""
-        status = self.status(name)
-        assert status is not None
-        return Path(str(status["path"]))
+    def get(self, name: str) -> BackingImage:
+        """The image."""
+        return self.images.get(name)
 
-    def apply(self, operation: str) -> list[str | Path]:
-        """The command of one operation."""
-        return self.command("apply", "-f", self.secret, "-f", self.operations[operation])
+    def find(self, name: str) -> BackingImage | None:
+        """The image, None where there is no such image."""
+        try:
+            return self.images.get(name)
+        except EbiError as error:
+            assert error.kind is Kind.NOT_FOUND
+            return None
+
+    def opens(self, name: str, passphrase: str) -> bool:
+        """Whether the passphrase opens the image."""
+        try:
+            header.test_passphrase(self.get(name).path, passphrase.encode(), name)
+            return True
+        except EbiError as error:
+            assert error.kind is Kind.INVALID
+            return False
 
 
 @pytest.fixture(scope="module")
@@ -113,54 +145,106 @@ def session_members(session: int) -> list[str]:
     return found
 
 
-def kill_after(command: list[str | Path], seconds: float) -> bool:
-    """Start the command, SIGKILL its main process after `seconds`; whether that came before its end."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        deadline = time.monotonic() + 10
-        while left := session_members(process.pid):  # workers die with their parent, in a moment
-            assert time.monotonic() < deadline, f"processes {left} outlive their parent"
-            time.sleep(0.005)
-        return True
-    assert process.returncode == 0
-    return False
+class Killer:
+    """Starts a command over and over, and kills it at a random moment of the time that it takes."""
+
+    def __init__(self, store: Store, name: str, *arguments: str | Path) -> None:
+        self._dice = random.Random(f"{SEED} {name}")
+        self._command = store.command(*arguments)
+        self._start = seconds(store.command("get", "backingimages"))
+        self._usual = seconds(self._command)
+        self.killed = 0
+
+    def attempt(self, command: list[str] | None = None) -> None:
+        """Start it, or another one of its kind, and SIGKILL its main process, if that comes before its end."""
+        # While Python starts there is nothing to see.
+        moment = self._dice.uniform(min(0.7 * self._start, self._usual / 2), self._usual)
+        quiet = subprocess.DEVNULL
+        start = time.monotonic()
+        process = subprocess.Popen(command or self._command, stdout=quiet, stderr=quiet, start_new_session=True)
+        try:
+            process.wait(moment)
+            assert process.returncode == 0
+            self._usual = time.monotonic() - start  # the machine has other things to do at times
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            deadline = time.monotonic() + 10
+            while left := session_members(process.pid):  # workers die with their parent, in a moment
+                assert time.monotonic() < deadline, f"processes {left} outlive their parent"
+                time.sleep(0.005)
+            self.killed += 1
 
 
-@pytest.mark.parametrize("operation", ["download", "clone", "encrypt", "encrypt qcow2", "decrypt"])
-def test_a_kill_at_any_moment_is_followed_by_success(store: Store, operation: str) -> None:
-    dice = random.Random(f"{SEED} {operation}")
+def seconds(command: list[str]) -> float:
+    """How long the command takes, which must end well."""
     start = time.monotonic()
-    subprocess.run(store.apply(operation), check=True, stdout=subprocess.DEVNULL)
-    usual = time.monotonic() - start
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.monotonic() - start
+
+
+def payload_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        file.seek(header.PAYLOAD_OFFSET)
+        return hashlib.file_digest(file, "sha512").hexdigest()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_kill_at_any_moment_is_followed_by_success(store: Store, operation: str) -> None:
+    command = store.commands[operation]
+    killer = Killer(store, operation, *command)
     store.ebi("delete", "backingimage", "target")
-    killed = 0
-    for number in range(ROUNDS // 5):
+    for number in range(EACH):
         where = f"round {number} of {operation}, seed {SEED}"
-        killed += kill_after(store.apply(operation), dice.uniform(0, usual))
-        status = store.status("target")
-        if status is None or status["state"] != "ready":
-            assert status is None or status["state"] in ("failed", "pending", "starting"), f"{where}: {status}"
-            subprocess.run(store.apply(operation), check=True, stdout=subprocess.DEVNULL)
-            status = store.status("target")
-        assert status is not None and status["state"] == "ready", where
-        target = Path(str(status["path"]))
-        kept = {"record.json", "extents.json", target.name}
-        assert {file.name for file in target.parent.iterdir()} <= kept | {"header.luks"}, where
-        if operation in ("download", "clone", "decrypt"):
-            assert golden.sha512(target) == store.plain, where
-        elif number % 8 == 0:
-            again = store.clone("back", "target", "decrypt")
-            store.ebi("apply", "-f", store.secret, "-f", again)
-            assert golden.sha512(store.path("back")) == store.plain, where
-            store.ebi("delete", "backingimage", "back")
+        killer.attempt()
+        image = store.find("target")
+        if image is None or not image.ready:
+            assert image is None or image.status.state in ("failed", "pending", "starting"), f"{where}: {image}"
+            store.ebi(*command)
+            image = store.get("target")
+        assert image.ready, where
+        kept = {"record.json", "extents.json", image.path.name} | ({"header.luks"} if image.encrypted else set())
+        assert {file.name for file in image.directory.iterdir()} == kept, where
+        if not image.encrypted:
+            assert golden.sha512(image.path) == store.plain, where
+        elif number % 5 == 0:
+            store.ebi("image", "verify", "target")
+            out, secret = store.work / "out", store.other if operation == "reencrypt" else store.secret
+            store.ebi("image", "export", "target", out, "--decrypt", "-f", secret)
+            assert golden.sha512(out) == store.plain, where
+            out.unlink()
         store.ebi("delete", "backingimage", "target")
-        assert not (store.data / "images" / "target").exists(), where
-    assert killed > ROUNDS // 5 // 4, "most rounds ended before their kill"
+        assert not image.directory.exists(), where
+    assert killer.killed > EACH // 4, "most rounds ended before their kill"
+
+
+def test_a_passphrase_that_is_being_changed_opens_as_the_old_or_the_new(store: Store) -> None:
+    store.ebi("apply", "-f", store.clone("target", "luks", "ignore"))
+    files, old, new = {"key": store.secret, "other": store.other}, "key", "other"
+    before = payload_hash(store.get("target").path)
+
+    def rekey() -> tuple[str | Path, ...]:
+        return ("image", "rekey", "target", "-f", files[old], "--new", files[new])
+
+    killer = Killer(store, "rekey", *rekey())
+    for number in range(EACH):
+        where = f"round {number} of rekey, seed {SEED}"
+        old, new = new, old
+        killer.attempt(store.command(*rekey()))
+        assert store.opens("target", old) or store.opens("target", new), where
+        store.images.recover()
+        image = store.get("target")
+        assert image.ready, where
+        store.ebi(*rekey())
+        assert store.opens("target", new) and not store.opens("target", old), where
+        assert payload_hash(image.path) == before, where
+        kept = {"record.json", "extents.json", "header.luks", "image"}
+        assert {file.name for file in image.directory.iterdir()} == kept, where
+    assert killer.killed > EACH // 4, "most rounds ended before their kill"
+    store.ebi("image", "header", "restore", "target")  # what is kept beside it opens it too
+    assert store.opens("target", new) and not store.opens("target", old)
+    store.ebi("delete", "backingimage", "target")
 
 
 def test_the_sources_are_as_they_were(store: Store) -> None:
-    assert {name: golden.sha512(store.path(name)) for name in store.sources} == store.sources
+    assert {name: golden.sha512(store.get(name).path) for name in store.sources} == store.sources

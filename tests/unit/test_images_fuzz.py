@@ -33,6 +33,16 @@ MOST = 64 * MIB  # bytes of a disk that are read
 Mutation = Callable[[bytearray], None]
 
 
+class Whole:
+    """A file as it was before; hypothesis would show all of its bytes."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def __repr__(self) -> str:
+        return "whole"
+
+
 def replaced(offset: int, value: bytes) -> Mutation:
     def mutate(data: bytearray) -> None:
         if 0 <= offset <= len(data) - len(value):
@@ -74,7 +84,7 @@ class TestQcow2:
 
     @pytest.fixture(scope="class", params=KINDS)
     @classmethod
-    def whole(cls, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    def whole(cls, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Whole:
         work = tmp_path_factory.mktemp("fuzz")
         raw = make_raw(work / "raw", MIB + 512, [(0, 20 * KIB), (300 * KIB, 5 * KIB), (MIB, 512)])
         with raw.open("r+b") as file:
@@ -82,7 +92,7 @@ class TestQcow2:
             file.write(b"text that compresses" * 5000)
         command = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", *cls.KINDS[request.param]]
         subprocess.run([*command, raw, work / "qcow2"], check=True, capture_output=True)
-        return (work / "qcow2").read_bytes()
+        return Whole((work / "qcow2").read_bytes())
 
     @staticmethod
     def entries(data: bytes) -> list[int]:
@@ -98,7 +108,7 @@ class TestQcow2:
         return found
 
     def mutations(self, data: bytes) -> st.SearchStrategy[list[Mutation]]:
-        field = st.sampled_from(self.FIELDS).flatmap(
+        number = st.sampled_from(self.FIELDS).flatmap(
             lambda where: numbers(8 * where[1], len(data)).map(
                 lambda value: replaced(where[0], value.to_bytes(where[1], "big"))
             )
@@ -117,13 +127,13 @@ class TestQcow2:
             lambda at, value: replaced(at, bytes([value])), st.integers(0, len(data) - 1), st.integers(0, 255)
         )
         end = st.integers(0, len(data)).map(cut)
-        return st.lists(st.one_of(field, entry, entry, flip, flip, anywhere, end), min_size=1, max_size=4)
+        return st.lists(st.one_of(number, entry, entry, flip, flip, anywhere, end), min_size=1, max_size=4)
 
     @fuzz
     @given(data=st.data())
-    def test_an_error_or_what_qemu_reads(self, whole: bytes, tmp_path: Path, data: st.DataObject) -> None:
-        copy = bytearray(whole)
-        for mutate in data.draw(self.mutations(whole)):
+    def test_an_error_or_what_qemu_reads(self, whole: Whole, tmp_path: Path, data: st.DataObject) -> None:
+        copy = bytearray(whole.data)
+        for mutate in data.draw(self.mutations(whole.data)):
             mutate(copy)
         path = tmp_path / "broken"
         path.write_bytes(copy)
@@ -218,13 +228,13 @@ class TestLuks2:
 
     @pytest.fixture(scope="class")
     @classmethod
-    def whole(cls, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    def whole(cls, tmp_path_factory: pytest.TempPathFactory) -> Whole:
         path = tmp_path_factory.mktemp("fuzz") / "luks"
         path.touch()
         os.truncate(path, 16 * MIB + 64 * KIB)
         header.create(path, cls.PARAMETERS, bytes(32), sector_size=512, owner="it")
         with path.open("rb") as file:
-            return file.read(32 * KIB)
+            return Whole(file.read(32 * KIB))
 
     @staticmethod
     def put(path: Path, copies: list[int], binary: bytes, area: bytes) -> None:
@@ -259,7 +269,7 @@ class TestLuks2:
     )
     def test_an_error_or_a_header_that_makes_sense(
         self,
-        whole: bytes,
+        whole: Whole,
         tmp_path: Path,
         fields: list[Mutation],
         changes: list[tuple[int, Any]],
@@ -267,7 +277,7 @@ class TestLuks2:
         copies: list[int],
         end: int | None,
     ) -> None:
-        binary, document = bytearray(whole[:4096]), json.loads(whole[4096:16384].split(b"\0", 1)[0])
+        binary, document = bytearray(whole.data[:4096]), json.loads(whole.data[4096:16384].split(b"\0", 1)[0])
         for mutate in fields:
             mutate(binary)
         for number, value in changes:
@@ -279,7 +289,7 @@ class TestLuks2:
                 inside[key] = value
         text = json.dumps(document).encode() if area is None else area
         path = tmp_path / "broken"
-        path.write_bytes(whole)
+        path.write_bytes(whole.data)
         os.truncate(path, 16 * MIB + 64 * KIB)
         self.put(path, copies, bytes(binary), text[:12288].ljust(12288, b"\0"))
         if end is not None:
