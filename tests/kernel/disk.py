@@ -74,7 +74,7 @@ def disk(home: Path, name: str, size: int, *, log: bool = False) -> Iterator[Dis
     path = home / name
     path.mkdir(mode=0o700)
     with loop.attached(backing) as device:
-        subprocess.run(["mkfs.ext4", "-q", device], check=True)
+        subprocess.run(["mkfs.ext4", "-q", "-m", "0", device], check=True)
         number, sectors = blockdev.number(device), size // SECTOR
         if log:
             log_file = home / f"{name}.log"

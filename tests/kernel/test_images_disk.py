@@ -1,0 +1,136 @@
+"""Image operations on a disk that fills up in the middle: a clear failure, nothing left, then success.
+
+EBI_DISK_ROUNDS sets how many operations, drawn at random, are tried (default 3), EBI_DISK_SEED repeats a run.
+"""
+
+import gzip
+import os
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from plugin.errors import EbiError, Kind
+from plugin.images import Images, export, integrity, space
+from plugin.settings import Settings
+from tests.kernel.disk import disk
+from tests.unit.conftest import MIB, Store, clone, make_raw, manifest, sha512
+
+ROUNDS = int(os.environ.get("EBI_DISK_ROUNDS", "3"))
+SEED = int(os.environ.get("EBI_DISK_SEED", str(random.SystemRandom().randrange(1 << 32))))
+SIZE = 4 * MIB  # of the image; all of it data
+DISK = 88 * MIB
+NAME = "ebi-test-disk"
+OPERATIONS = ["download", "unpack", "clone", "encrypt", "decrypt", "export"]
+
+
+@dataclass
+class Small:
+    """A small ext4 with images on it, made from files elsewhere."""
+
+    mountpoint: Path
+    raw: Path
+    packed: Path
+    store: Store
+
+    @property
+    def filler(self) -> Path:
+        return self.mountpoint / "filler"
+
+    def fill(self, leave: int) -> None:
+        """Somebody else takes all of the disk but about `leave` bytes."""
+        with self.filler.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, self.free() - max(leave, 256 << 10))
+
+    def free(self) -> int:
+        found = os.statvfs(self.mountpoint)
+        return found.f_bavail * found.f_frsize
+
+    def run(self, operation: str) -> str:
+        """Do it to its end; returns the SHA-512 of the plain disk that came of it, empty for an encrypted one."""
+        if operation == "export":
+            export.export(self.store.images, Settings(workers=1), "golden", self.mountpoint / "out")
+            return sha512(self.mountpoint / "out")
+        image = self.store.apply(
+            {
+                "download": manifest("x", "download", sha512(self.raw), url=self.raw.as_uri()),
+                "unpack": manifest("x", "download", url=self.packed.as_uri()),
+                "clone": clone("x", "golden"),
+                "encrypt": clone("x", "golden", "encrypt"),
+                "decrypt": clone("x", "luks", "decrypt"),
+            }[operation]
+        )
+        if operation == "encrypt":
+            assert integrity.verify(self.store.images, Settings(workers=1), "x").ready
+            return ""
+        return sha512(image.path)
+
+    def undo(self, operation: str) -> None:
+        if operation == "export":
+            (self.mountpoint / "out").unlink()
+        else:
+            self.store.images.delete("x")
+
+    def left(self) -> set[str]:
+        """What there is besides the sources and the records."""
+        found = {str(path.relative_to(self.mountpoint)) for path in self.mountpoint.rglob("*") if path.is_file()}
+        kept = {
+            f"images/{name}/{file}" for name in ("golden", "luks") for file in ("image", "extents.json", "header.luks")
+        }
+        return {path for path in found - kept if not path.endswith(("/record.json", "/.slot-0", "/.slot-1"))}
+
+
+def drawn(dice: random.Random) -> list[str]:
+    """As many operations as shall be tried, at random."""
+    return dice.sample(OPERATIONS * (ROUNDS // len(OPERATIONS) + 1), ROUNDS)
+
+
+def small(home: Path, mountpoint: Path) -> Small:
+    """The disk that is mounted at `mountpoint` with a plain and an encrypted image on it."""
+    raw = make_raw(home / "raw", SIZE, [(0, SIZE)])
+    packed = home / "packed"
+    packed.write_bytes(gzip.compress(raw.read_bytes(), 0))
+    store = Store(home, Images(mountpoint / "images", Settings(workers=1)))
+    store.download(raw)
+    store.apply(clone("luks", "golden", "encrypt"))
+    return Small(mountpoint, raw, packed, store)
+
+
+def test_a_disk_that_fills_up_at_any_moment(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dice = random.Random(SEED)
+    claim = space.claim
+    with disk(home, NAME, DISK) as place:
+        it = small(home, place.path)
+        plain = sha512(it.raw)
+        for operation in drawn(dice):
+            leave = dice.randrange(SIZE - MIB)
+            where = f"{operation} with {leave} bytes left, seed {SEED}"
+
+            def taken(*arguments: object, leave: int = leave) -> None:
+                """The disk is full a moment after it was found to have room."""
+                claim(*arguments)  # type: ignore[arg-type]
+                if not it.filler.exists():
+                    it.fill(leave)
+
+            monkeypatch.setattr(space, "claim", taken)
+            fails(it, operation, where)
+            assert it.left() == {"filler"}, where
+            it.filler.unlink()
+            monkeypatch.setattr(space, "claim", claim)
+            assert it.run(operation) in ("", plain), where
+            it.undo(operation)
+            assert it.left() == set(), where
+
+
+def fails(it: Small, operation: str, where: str) -> None:
+    """The operation ends with a clear error."""
+    with pytest.raises(EbiError) as caught:
+        it.run(operation)
+    assert caught.value.kind is Kind.EXHAUSTED, f"{where}: {caught.value}"
+    words = r"no space left|needs \d+ MiB of disk"
+    name = "backing image golden" if operation == "export" else "backing image x"
+    assert re.search(words, caught.value.message) and name in caught.value.message, f"{where}: {caught.value}"
+    if operation != "export":
+        assert it.store.images.get("x").status.state == "failed", where
