@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from plugin.errors import EbiError, Kind, not_found, unavailable
-from plugin.images import BackingImage, DocumentSecrets, Images, Progress, manifest
+from plugin.images import BackingImage, DocumentSecrets, Images, Progress, VolumeSource, manifest
 from plugin.images.image import WORKING
 from plugin.volumes import fit
 from plugin.volumes.parameters import VolumeParameters
@@ -25,10 +25,10 @@ _STOP_SECONDS = 5.0
 
 
 class OnDemand:
-    """Makes what is missing among `images`, each image once however many ask."""
+    """Makes what is missing among `images`, each image once however many ask; exports are of the volumes in `disks`."""
 
-    def __init__(self, images: Images) -> None:
-        self._images = images
+    def __init__(self, images: Images, disks: VolumeSource) -> None:
+        self._images, self._disks = images, disks
         self._lock = threading.Lock()
         self._jobs: dict[str, _Job] = {}
         self._stopping = threading.Event()
@@ -89,7 +89,7 @@ class OnDemand:
                 if self._stopping.is_set():
                     raise unavailable("the driver is stopping", "try again in a moment")
                 log.info("making backing image %s on demand", wanted.image)
-                job = self._jobs[wanted.image] = _Job(self._images, document, self._stopping)
+                job = self._jobs[wanted.image] = _Job(self._images, self._disks, document, self._stopping)
                 job.start()
             return job
 
@@ -97,15 +97,17 @@ class OnDemand:
 class _Job(threading.Thread):
     """One image being made; `error` is what that met, once the thread has ended."""
 
-    def __init__(self, images: Images, document: Mapping[str, Any], stopping: threading.Event) -> None:
+    def __init__(
+        self, images: Images, disks: VolumeSource, document: Mapping[str, Any], stopping: threading.Event
+    ) -> None:
         super().__init__(name="image", daemon=True)
         self.error: EbiError | None = None
-        self._images, self._document, self._stopping = images, document, stopping
+        self._images, self._disks, self._document, self._stopping = images, disks, document, stopping
 
     def run(self) -> None:
         """Make it."""
         try:
-            self._images.apply(self._document, DocumentSecrets(), self._heard)
+            self._images.apply(self._document, DocumentSecrets(), self._heard, volumes=self._disks)
         except EbiError as error:
             log.warning("%s", error)
             self.error = error

@@ -38,9 +38,9 @@ class Volumes:
         self._records = Records(root)
         self._images = images
         self._settings = settings
-        self._on_demand = OnDemand(images)
         self._node = Node(self._records, images, settings)
         self.disks = Disks(self._node)
+        self._on_demand = OnDemand(images, self.disks)
 
     def create(
         self,

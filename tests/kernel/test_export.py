@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +35,21 @@ def export(images: Images, volumes: Volumes, name: str, **parameters: str) -> Ba
     return images.apply(document, SECRETS, volumes=volumes.disks)
 
 
+def decryption(image: BackingImage) -> dict[str, Any]:
+    parameters = {
+        "backing-image": image.name,
+        "encryption": "decrypt",
+        "secret": "key",
+        "secret-namespace": "tests",
+    }
+    return {
+        "apiVersion": "longhorn.io/v1beta2",
+        "kind": "BackingImage",
+        "metadata": {"name": "plain", "namespace": "tests"},
+        "spec": {"sourceType": "clone", "sourceParameters": parameters},
+    }
+
+
 def exported(machine: Machine, name: str, **parameters: str) -> BackingImage:
     return export(machine.world.images, machine.volumes, name, **parameters)
 
@@ -47,14 +63,14 @@ def scribble(device: Path) -> None:
     """Write here and there: over data, into holes, across chunks, in the last sector."""
     with device.open("r+b", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
-        for at, length in ((0, 4096), (5 * MIB - 512, 70_144), (20 * MIB, 3 * MIB), (size - 512, 512)):
+        for at, length in ((0, 4096), (5 * MIB - 512, 70_144), (20 * MIB, MIB), (size - 512, 512)):
             file.seek(at)
             file.write(os.urandom(length))
         os.fsync(file.fileno())
 
 
 def test_raw_volume_is_exported_as_its_device_shows_it(machine: Machine, world: World) -> None:
-    machine.create("vol", 32 * MIB, world.plain)
+    machine.create("vol", 26 * MIB, world.plain)
     with machine.used("vol", block=True) as target:
         scribble(target)
         shown = file_hash(target)
@@ -63,14 +79,13 @@ def test_raw_volume_is_exported_as_its_device_shows_it(machine: Machine, world: 
         scribble(target)
         assert file_hash(raw.path) == shown
         shown = file_hash(target)
-    assert file_hash(exported(machine, "detached").path) == shown
     packed = exported(machine, "packed", **{"export-type": "qcow2"})
     assert packed.status.format == "qcow2" and file_hash(machine.world.images.raw("packed")) == shown
-    remove(machine, "attached", "detached", "packed")
+    remove(machine, "attached", "packed")
 
 
 def test_encrypted_volume_in_use_is_exported_and_starts_new_volumes(machine: Machine, world: World) -> None:
-    volume = machine.create("vol", 40 * MIB, world.encrypted)
+    machine.create("vol", 28 * MIB, world.encrypted)
     target = machine.stage("vol")
     (target / "deep" / "new").write_bytes(os.urandom(2 * MIB))  # not synced: the freeze has it written out
     (target / "deep" / "file7").write_text("changed")
@@ -79,22 +94,16 @@ def test_encrypted_volume_in_use_is_exported_and_starts_new_volumes(machine: Mac
     assert not _suspended() and image.encrypted and image.spec.secret == "key"
     assert any("stood still" in event.message for event in image.status.events)
     (target / "deep" / "later").write_text("goes on")
+    later = tree_hash(target)
     machine.unstage("vol")
     assert b"golden\n" * 100 not in image.path.read_bytes()
 
-    machine.create("second", 40 * MIB, image)
-    with machine.used("second") as again:
-        assert tree_hash(again) == files
-    machine.volumes.delete("second")
-    remove(machine, "copy")
-
-    detached = exported(machine, "copy")
-    machine.create("third", 40 * MIB, detached)
-    with machine.used("vol", block=True) as target, machine.used("third", block=True) as again:
-        assert file_hash(target) == file_hash(again)
-    machine.volumes.delete("third")
-    remove(machine, "copy")
-    assert volume.path.exists()
+    for source, wanted in ((image, files), (exported(machine, "second"), later)):
+        machine.create("new", 28 * MIB, source)
+        assert tree_hash(machine.stage("new")) == wanted
+        machine.unstage("new")
+        machine.volumes.delete("new")
+        remove(machine, source.name)
 
 
 @pytest.fixture
@@ -117,15 +126,15 @@ def test_where_files_share_blocks_nothing_is_copied_aside(sharing: Path, monkeyp
     staging = sharing / "staging"
     staging.mkdir()
     volumes.stage("vol", staging, Capability(), SECRET, {})
-    (staging / "file").write_bytes(os.urandom(8 * MIB))
+    (staging / "file").write_bytes(os.urandom(4 * MIB))
     wanted = tree_hash(staging)
     monkeypatch.delattr(disks, "_copy")
     image = export(images, volumes, "copy", **{"secret": "key", "secret-namespace": "tests"})
     volumes.unstage("vol", staging)
-    volumes.create("second", 48 * MIB, {"encrypted": "true", "backingImage": image.name})
-    volumes.stage("second", staging, Capability(), SECRET, {})
+    plain = images.apply(decryption(image), SECRETS)
+    subprocess.run(["mount", "-o", "loop,ro,noload", plain.path, staging], check=True)
     assert tree_hash(staging) == wanted
-    volumes.unstage("second", staging)
+    mounts.unmount(staging)
 
 
 def test_a_killed_exporter_lets_the_volume_go_on(machine: Machine, world: World) -> None:

@@ -5,7 +5,8 @@
 
 import os
 import struct
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -100,12 +101,19 @@ def _shown(image: Path | None, written: Mapping[int, bytes]) -> bytes:
     return bytes(disk)
 
 
+@pytest.fixture(scope="module")
+def first(first_store: Store) -> Store:
+    raw, qcow2 = first_store.work / "raw", first_store.work / "qcow2"
+    first_store.download(make_raw(raw, 2 * MIB, [(0, 300 * KIB), (MIB, 128 * KIB)]))
+    first_store.apply(clone("locked", "golden", "encrypt"))
+    subprocess.run(["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", raw, qcow2], check=True)
+    first_store.download(qcow2, "packed")
+    return first_store
+
+
 @pytest.fixture
-def node(store: Store) -> Node:
-    make_raw(store.work / "raw", 2 * MIB, [(0, 300 * KIB), (MIB, 128 * KIB)])
-    store.download(store.work / "raw")
-    store.apply(clone("locked", "golden", "encrypt"))
-    return Node(store)
+def node(first: Store, tmp_path: Path) -> Node:
+    return Node(first.copied(tmp_path))
 
 
 @pytest.fixture
@@ -169,6 +177,27 @@ class TestDetached:
         with pytest.raises(EbiError, match="differs in sourceParameters") as caught:
             node.export(exported(volume="other"))
         assert caught.value.kind is Kind.EXISTS
+
+    def test_volume_over_a_qcow2_image(self, node: Node, written: dict[int, bytes]) -> None:
+        node.make(node.store.images.get("packed"), encrypted=False, written=written)
+        assert node.export(exported()).path.read_bytes() == _shown(node.store.work / "raw", written)
+
+    def test_a_storage_class_has_it_exported_on_demand(self, node: Node, written: dict[int, bytes]) -> None:
+        node.make(node.store.images.get("golden"), encrypted=False, written=written)
+        given = {"backingImage": "copy", "backingImageDataSourceType": "export-from-volume"}
+        given["backingImageDataSourceParameters"] = '{"volume-name": "vol", "export-type": "raw"}'
+        assert _when_ready(lambda: node.volumes.create("second", CAPACITY, given)).image == "copy"
+        assert node.store.images.get("copy").path.read_bytes() == _shown(node.store.work / "raw", written)
+
+
+def _when_ready(create: Callable[[], Volume]) -> Volume:
+    """What an orchestrator does: it asks until it has an answer."""
+    while True:
+        try:
+            return create()
+        except EbiError as error:
+            if error.kind is not Kind.UNAVAILABLE:
+                raise
 
 
 class TestRefused:
