@@ -18,6 +18,7 @@ DISK_SIZE = 24 << 30  # bytes; sparse, and gone afterwards
 # What a command sees of our environment.
 _PASSED_ON = ("EBI_", "PYTEST_", "HYPOTHESIS_", "CI", "MINUTES", "TERM")
 _POLL = 0.2  # seconds; the shared directory has no notification across the machine's border
+_BOOT = 300  # seconds; it takes 30 where nothing else runs
 _POWER_OFF = 30  # seconds
 
 
@@ -25,11 +26,24 @@ class BrokenMachine(Exception):
     """The machine ended without an exit status; the text holds its last words."""
 
 
+class _NotBooted(BrokenMachine):
+    """It ended before it came to the command."""
+
+
 def run(command: list[str], seconds: float, root: Path, cache: Path, results: Path) -> int:
     """Boot, run `command` in `root` as root, pass its output on as it comes, and return its exit status.
 
-    Raises TimeoutError after `seconds`, and BrokenMachine.
+    A machine that breaks down before it comes to the command is started once more. Raises TimeoutError after
+    `seconds`, and BrokenMachine.
     """
+    try:
+        return _run(command, seconds, root, cache, results)
+    except _NotBooted as error:
+        print(f"tests/vm: {error}\ntests/vm: starting it once more", file=sys.stderr)
+        return _run(command, seconds, root, cache, results)
+
+
+def _run(command: list[str], seconds: float, root: Path, cache: Path, results: Path) -> int:
     share = Path(tempfile.mkdtemp(prefix="vm.", dir=cache))
     process = None
     try:
@@ -104,12 +118,15 @@ def _has_kvm() -> bool:
 
 def _follow(process: subprocess.Popen[bytes], share: Path, deadline: float) -> int:
     """Pass the output on until there is an exit status, then let the machine power off."""
-    status = share / "status"
+    status, boot_by = share / "status", time.monotonic() + _BOOT
     with (share / "output").open("rb") as output:
         while not status.exists():
             _pass_on(output.read())
             if process.poll() is not None and not status.exists():
-                raise BrokenMachine(f"the virtual machine ended early\n{_last_words(share)}")
+                sort = BrokenMachine if (share / "console").exists() else _NotBooted
+                raise sort(f"the virtual machine ended early with {process.returncode}\n{_last_words(share)}")
+            if time.monotonic() > boot_by and not (share / "console").exists():
+                raise _NotBooted(f"the virtual machine has not booted within {_BOOT} s\n{_last_words(share)}")
             if time.monotonic() > deadline:
                 raise TimeoutError
             time.sleep(_POLL)
