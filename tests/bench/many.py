@@ -47,9 +47,9 @@ class _Course:
 
     def _times(self) -> dict[str, tuple[int, float]]:
         return {
-            labels.split()[-1]: (count, seconds)  # the labels come in the order of their names: result, step
+            labels.removeprefix("ok "): (count, seconds)
             for name, labels, count, seconds in self.node.timings()
-            if name == "ebi_step_duration_seconds"
+            if name == "ebi_step_duration_seconds" and labels.startswith("ok ")  # result, then step
         }
 
 
