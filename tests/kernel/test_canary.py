@@ -46,9 +46,9 @@ def changed(folder: Path, since: float) -> Iterator[tuple[Path, bytes]]:
                     yield file, file.read_bytes()
 
 
-def secret_file(path: Path, passphrase: str) -> Path:
+def secret_file(path: Path, passphrase: str, iterations: str = "1000") -> Path:
     """A Secret document with a cheap key derivation."""
-    data = {"CRYPTO_KEY_VALUE": passphrase, "CRYPTO_PBKDF": "pbkdf2", "CRYPTO_PBKDF_FORCE_ITERATIONS": "1000"}
+    data = {"CRYPTO_KEY_VALUE": passphrase, "CRYPTO_PBKDF": "pbkdf2", "CRYPTO_PBKDF_FORCE_ITERATIONS": iterations}
     metadata = {"name": "longhorn-crypto", "namespace": "longhorn-system"}
     path.write_text(yaml.safe_dump({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": data}))
     return path
@@ -59,6 +59,7 @@ def test_no_passphrase_is_found_anywhere_after_a_full_run(home: Path, capfd: pyt
     outside = work / "given"  # what the user gives; the only place where the passphrase may stand
     outside.mkdir()
     secret, wrong = secret_file(outside / "secret.yaml", CANARY), secret_file(outside / "wrong.yaml", WRONG)
+    dearer = secret_file(outside / "dearer.yaml", CANARY, "2000")
     trace = work / "execve"  # every argv and environment of every program that is started, from the kernel
     node = Node(
         work,
@@ -99,7 +100,9 @@ def test_no_passphrase_is_found_anywhere_after_a_full_run(home: Path, capfd: pyt
         kubelet.stage(volume, staging, given)
         kubelet.publish(volume, staging, target)
         kubelet.unpublish(volume, target)
+        node.ebi("volume", "rekey", volume, "--secret", secret, "--new-secret", dearer)
         kubelet.unstage(volume, staging)
+        node.ebi("doctor")
         said.append(node.metrics())
         kubelet.delete(volume)
     captured = capfd.readouterr()

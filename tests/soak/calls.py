@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from plugin.errors import EbiError, Kind
 from plugin.host import dm
@@ -83,9 +83,18 @@ class Calls(RuleBasedStateMachine):
         type(self).made[name if found is None else f"{name}: {found.name}"] += 1
         type(self).seconds[name] += time.monotonic() - start
 
+    @initialize()
+    def begin(self) -> None:
+        """Two of them are there, so that something happens soon."""
+        for name in ("golden", "raw"):
+            self._create(name, 32, None)
+
     @rule(name=volumes, size=st.sampled_from([32, 48]), kill=kills)
     def create(self, name: str, size: int, kill: int | None) -> None:
         """CreateVolume: the same again is fine where it is large enough."""
+        self._create(name, size, kill)
+
+    def _create(self, name: str, size: int, kill: int | None) -> None:
         sort, encrypted, _ = KINDS[name]
         image = getattr(self.world, sort) if sort else None
         model = self.models.get(name)
@@ -186,11 +195,12 @@ class Calls(RuleBasedStateMachine):
         if expected is None:
             self.models.pop(name, None)
 
-    @rule()
-    def restart(self) -> None:
+    @rule(times=st.integers(1, 2))
+    def restart(self, times: int) -> None:
         """A new server on the same node."""
         self.machine = Machine(self.machine.home, self.world)
-        self.machine.volumes.recover()
+        for _ in range(times):
+            self.machine.volumes.recover()
         type(self).made["restart"] += 1
 
     @rule(name=volumes, number=st.integers(0, 7), size=st.integers(1, 300_000))
