@@ -109,6 +109,11 @@ def load(name: str, table: str, *, readonly: bool = False) -> None:
     run([*arguments, "--readonly"] if readonly else arguments, stdin=table.encode())
 
 
+def clear(name: str) -> None:
+    """Drop the table of `name` that was loaded and never came into force, if there is one."""
+    run(["dmsetup", "clear", name])
+
+
 def suspend(name: str) -> None:
     """Hold back all I/O on `name` once what runs has ended. A filesystem on it is not frozen: it only waits."""
     run(["dmsetup", "suspend", "--nolockfs", name])

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,17 @@ def share(source: int, target: int) -> bool:
     except OSError as error:
         if error.errno in (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM):
             return False
+        raise
+
+
+@contextmanager
+def room(name: str) -> Iterator[None]:
+    """Raise EXHAUSTED where the block finds no space on the disk for `name`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise exhausted(f"no space left for {name}", "free space in the data directory") from error
         raise
 
 

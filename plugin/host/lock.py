@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from plugin.errors import busy
+from plugin.host.files import room
 
 
 @contextmanager
@@ -20,7 +21,8 @@ def locked(directory: Path, what: str, *, shared: bool = False) -> Iterator[None
     another operation is under way. The only holder may remove the directory.
     """
     while True:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with room(what):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:

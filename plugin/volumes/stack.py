@@ -80,6 +80,7 @@ class Stack:
                 layer.grow()
         pair = [layer for layer in self.layers if isinstance(layer, Base | Snapshot)]
         for layer in pair:
+            dm.clear(layer.name)  # one cut short has left its table, and a snapshot hands over to one only
             layer.load()
         if pair:
             # The snapshot hands its exceptions over to the new table, so it must stand still when the base changes.

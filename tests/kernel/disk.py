@@ -74,7 +74,6 @@ def disk(home: Path, name: str, size: int, *, log: bool = False) -> Iterator[Dis
     path = home / name
     path.mkdir(mode=0o700)
     with loop.attached(backing) as device:
-        subprocess.run(["mkfs.ext4", "-q", "-m", "0", device], check=True)
         number, sectors = blockdev.number(device), size // SECTOR
         if log:
             log_file = home / f"{name}.log"
@@ -85,6 +84,7 @@ def disk(home: Path, name: str, size: int, *, log: bool = False) -> Iterator[Dis
         else:
             dmsetup("create", name, table=f"0 {sectors} linear {number} 0\n")
         try:
+            subprocess.run(["mkfs.ext4", "-q", "-m", "0", f"/dev/mapper/{name}"], check=True)
             mounts.mount(Path("/dev/mapper", name), path, "ext4")
             try:
                 yield Disk(name, device, size, path)

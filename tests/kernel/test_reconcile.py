@@ -1,6 +1,7 @@
 """What kubelet, a crash or another hand leaves on a node: found by `ebi doctor`, and put right."""
 
 import json
+import logging
 import subprocess
 import threading
 from pathlib import Path
@@ -35,7 +36,11 @@ class Doctor:
     def __call__(self, *arguments: str) -> tuple[int, set[tuple[str, str, str]]]:
         """Its exit status, and (kind, subject, state) of what it found."""
         self._capsys.readouterr()
+        root = logging.getLogger()
+        level, handlers = root.level, list(root.handlers)
         status = main(["--data-dir", str(self._home), "doctor", "-o", "json", *arguments])
+        root.setLevel(level)
+        root.handlers[:] = handlers  # the command's own writes to what pytest closes
         items = json.loads(self._capsys.readouterr().out)["items"]
         return status, {(item["kind"], item["subject"], item["state"]) for item in items}
 
