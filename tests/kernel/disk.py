@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from plugin.host import blockdev, loop, mounts
+from plugin.host import blockdev, loop, mounts, udev
 
 SECTOR = 512
 # drivers/md/dm-log-writes.c: the superblock, and the head of an entry; each takes a sector, an entry's data follows.
@@ -89,9 +89,15 @@ def disk(home: Path, name: str, size: int, *, log: bool = False) -> Iterator[Dis
             try:
                 yield Disk(name, device, size, path)
             finally:
-                mounts.unmount(path)
+                unmount(path)
         finally:
             dmsetup("remove", "--retry", name)
+
+
+def unmount(path: Path) -> None:
+    """Unmount `path` when no loop device is over its files any more: udevd may still be looking at one."""
+    udev.watch().wait_until(lambda: not loop.below(path), 10)
+    mounts.unmount(path)
 
 
 def replay(log: Path, target: Path, mark: str) -> None:

@@ -13,7 +13,7 @@ from plugin.host import loop, mounts
 from plugin.images import Images
 from plugin.settings import Settings
 from plugin.volumes import Volumes
-from tests.kernel.disk import Disk, disk, dmsetup, replay
+from tests.kernel.disk import Disk, disk, dmsetup, replay, unmount
 from tests.kernel.world import MIB, Machine, World, tree_hash
 
 SIZE = 256 * MIB
@@ -129,7 +129,7 @@ class TestPowerCut:
                 assert found.items() >= world.files.items()
                 for name in [f"file{earlier}" for earlier in range(number + 1)]:
                     assert (target / name).read_bytes() == written[name], (name, number)
-            mounts.unmount(home / "seen")
+            unmount(home / "seen")
             (home / "seen").rmdir()
 
 

@@ -16,7 +16,7 @@ from tests.kernel.conftest import leftovers
 from tests.kernel.world import MIB, Machine, World, tree_hash
 from tests.killing import EVERYTHING, PROGRAMS, killed_at
 
-CYCLES = int(os.environ.get("EBI_KILL_CYCLES", "4"))
+CYCLES = int(os.environ.get("EBI_KILL_CYCLES", "3"))
 SEED = int(os.environ.get("EBI_KILL_SEED", str(random.SystemRandom().randrange(1 << 32))))
 KINDS = EVERYTHING if os.environ.get("EBI_KILL_EVERYTHING") else PROGRAMS
 # A stage has about that many more boundaries than other calls.
