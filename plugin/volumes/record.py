@@ -88,7 +88,8 @@ class Volume:
 
     def reserve(self) -> None:
         """Have its file there in its full size, on the disk, with every block its own. Raises EXHAUSTED."""
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with files.room(self.described):
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         before = os.fstat(fd).st_size
         try:
             files.preallocate(fd, self.file_size, self.described)

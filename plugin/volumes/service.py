@@ -252,7 +252,7 @@ class Volumes:
     def recover(self) -> None:
         """Clean up, or bring to its end, what a killed process left."""
         reconcile.recover(self._node)
-        findings.repair(self._forgotten())
+        findings.repair(list(self._forgotten()))
 
     def watching(self) -> AbstractContextManager[None]:
         """Within the block, also when a device of ours vanishes without our doing."""

@@ -171,6 +171,17 @@ def test_missing_files_are_told(doctor: Doctor, image: BackingImage) -> None:
     assert doctor("--fix") == (1, dict.fromkeys(wrong, "wrong"))
 
 
+def test_an_inline_volume_without_its_pod_goes(doctor: Doctor) -> None:
+    pod = doctor.data / "pod"
+    pod.mkdir()
+    doctor.volumes.create("inline", MIB, {}, target=str(pod / "target"))
+    assert doctor() == (0, {})
+    pod.rmdir()
+    assert doctor() == (1, {("forgotten", "inline volume inline"): "wrong"})
+    assert doctor("--fix") == (0, {("forgotten", "inline volume inline"): "repaired"})
+    assert doctor.volumes.list() == []
+
+
 def test_a_failed_image_is_told(doctor: Doctor) -> None:
     with pytest.raises(EbiError):
         doctor.store.download(make_raw(doctor.store.work / "raw", MIB, []), checksum="0" * 128)
