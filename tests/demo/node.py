@@ -115,7 +115,13 @@ class Kubelet:
             volume_capabilities=[self.capability],
             parameters=parameters,
         )
-        return self._controller.CreateVolume(request).volume.volume_id
+        while True:
+            try:
+                return self._controller.CreateVolume(request).volume.volume_id
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.ABORTED:
+                    raise
+                time.sleep(0.2)  # as the provisioner does: the image's checksum was just being written down
 
     def stage(self, volume: str, staging: Path, secrets: dict[str, str]) -> None:
         """NodeStageVolume, the directory made first as kubelet does."""
