@@ -110,7 +110,8 @@ def _fill(images: Images, image: BackingImage, stop: threading.Event) -> None:
             os.close(fd)
     except _Stopped:
         return
-    with images.changing(image.name) as (now, save):
+    # Shared: or a volume that is made of the image in this instant would be refused.
+    with images.changing(image.name, shared=True) as (now, save):
         if now.uuid == image.uuid and not now.status.checksum and _identity(now.path) == before:
             save(now.changed(checksum=digest))
 

@@ -146,13 +146,16 @@ class Images:
             yield self.get(name)
 
     @contextmanager
-    def changing(self, name: str) -> Iterator[tuple[BackingImage, Callable[[BackingImage], None]]]:
+    def changing(
+        self, name: str, *, shared: bool = False
+    ) -> Iterator[tuple[BackingImage, Callable[[BackingImage], None]]]:
         """The ready image `name`, which nobody else uses or changes inside the block, and what keeps it as changed.
 
-        Raises NOT_FOUND, BUSY, PRECONDITION for an image that is not ready.
+        `shared`: others may use it meanwhile, for a change that is nothing to them. Raises NOT_FOUND, BUSY,
+        PRECONDITION for an image that is not ready.
         """
         self.get(name)
-        with self._locked(name):
+        with locked(self._root / name, f"backing image {name}", shared=True) if shared else self._locked(name):
             image = self.get(name)
             _check_ready(image)
             yield image, self._catalog.save

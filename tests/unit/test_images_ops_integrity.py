@@ -135,6 +135,12 @@ def test_checksums_come_afterwards(golden: Store) -> None:
         assert image.ready and image.status.checksum == sha512(image.path)
 
 
+def test_a_checksum_is_kept_while_others_use_the_image(golden: Store) -> None:
+    with golden.images.held("golden") as image:
+        integrity._fill(golden.images, image, threading.Event())
+    assert golden.images.get("golden").status.checksum == sha512(image.path)
+
+
 def test_a_stop_ends_it_within_a_file(golden: Store) -> None:
     stop = threading.Event()
     stop.set()
