@@ -51,6 +51,7 @@ def copied(world: World, place: Disk, home: Path) -> Machine:
     shutil.copytree(world.encrypted.directory, directory)
     record = directory / "record.json"
     record.write_text(record.read_text().replace(world.encrypted.uuid, str(uuid.uuid4())))
+    os.sync()  # as one that was made here would be
     return on(place.path, home)
 
 

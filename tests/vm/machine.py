@@ -104,6 +104,7 @@ def _vng(root: Path, cache: Path, share: Path, results: Path) -> list[str]:
     return [
         "vng", "--run", str(kernels[-1]), "--force-9p", "--user", "root",
         *([] if _has_kvm() else ["--disable-kvm"]),
+        "--append", "mitigations=off",  # they cost much under emulation, and guard nothing here
         "--cpus", str(min(4, os.cpu_count() or 1)), "--memory", f"{memory}M",
         "--rwdir", str(share), "--rwdir", str(results), f"--qemu-opts={devices}",
         "--", shlex.join([str(root / "tests/vm/guest.sh"), str(share), str(results)]),
