@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 from plugin.host import blockdev, loop, mounts, udev
 
@@ -43,11 +44,16 @@ class Disk:
         """Have all sectors work."""
         replace(self.name, f"0 {self.size // SECTOR} linear {blockdev.number(self.device)} 0\n")
 
-    def fail(self, file: Path) -> None:
-        """Have every sector that holds data of `file` fail to be read or written."""
+    def fail(self, file: Path, dice: Random | None = None) -> None:
+        """Have every sector that holds data of `file` fail; with `dice` only some, in its second half."""
         number = blockdev.number(self.device)
         done, lines = 0, []
-        for start, length in sorted(_places(file)):
+        places = list(_places(file))
+        if dice:
+            start, length = dice.choice(places[len(places) // 2 :])
+            first = dice.randrange(length)
+            places = [(start + first, min(dice.randrange(8, 64), length - first))]
+        for start, length in sorted(places):
             if start > done:
                 lines.append(f"{done} {start - done} linear {number} {done}")
             lines.append(f"{start} {length} error")

@@ -1,6 +1,8 @@
 """Cancelling, queueing, claims on disk space, and the events in an image's record."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -90,18 +92,15 @@ def test_one_that_waits_can_be_deleted(golden: Store) -> None:
     assert caught[0].kind is Kind.CANCELLED and not (root / "e").exists()
 
 
-def test_a_killed_process_holds_no_slot(tmp_path: Path) -> None:
-    with slots.slot(tmp_path, lambda: None):
-        pid = os.fork()
-        if pid == 0:
-            os.closerange(3, 64)
-            os._exit(0)
-        os.waitpid(pid, 0)
-        with slots.slot(tmp_path, lambda: None):
-            assert slots._free(tmp_path) == -1
-    fd = slots._free(tmp_path)
-    assert fd >= 0
-    os.close(fd)
+def test_a_killed_process_holds_no_slot_and_none_is_left(tmp_path: Path) -> None:
+    child = "import os, sys; from pathlib import Path; from plugin.images.slots import slot\n"
+    child += "with slot(Path(sys.argv[1]), lambda: None): os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", child, tmp_path], check=False).returncode == -9
+    waited: list[int] = []
+    with slots.slot(tmp_path, lambda: waited.append(1)), slots.slot(tmp_path, lambda: waited.append(2)):
+        assert waited == []
+        assert len([*tmp_path.iterdir()]) == 2
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_what_others_have_claimed_is_not_free(golden: Store, monkeypatch: pytest.MonkeyPatch) -> None:
