@@ -29,6 +29,8 @@ def _of_directory(images: Images, directory: Path) -> Iterator[Finding]:
         image = images.get(name)
     except EbiError:  # no record, or no name
         image = None
+    if image is None and not directory.exists():  # it was being removed
+        return
     if image is None or any(directory.rglob("*.partial")):
         text = f"{directory} holds what an interrupted operation has left"
         yield Finding(
