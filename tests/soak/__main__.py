@@ -20,7 +20,7 @@ from tests.kernel.conftest import base_directory
 from tests.kernel.world import World
 from tests.soak.calls import Calls
 
-STEPS = 40
+STEPS, EXAMPLES = 40, 20
 
 
 def main() -> int:
@@ -55,11 +55,11 @@ def main() -> int:
     return int(bool(failure))
 
 
-def run(number: int, steps: int = STEPS) -> None:
-    """One run of at most `steps` calls; nothing is shrunk, since time counts: the seed repeats it."""
-    # The first example is always the simplest, which reads what is not there; the second one counts.
+def run(number: int, steps: int = STEPS, examples: int = EXAMPLES) -> None:
+    """Examples of at most `steps` calls each; nothing is shrunk, since time counts: the seed repeats them."""
+    # Of the first three hypothesis makes the simplest there are, which read what is not there; those after them count.
     chosen = settings(
-        max_examples=2, stateful_step_count=steps, deadline=None, database=None, phases=(Phase.generate,),
+        max_examples=examples, stateful_step_count=steps, deadline=None, database=None, phases=(Phase.generate,),
         suppress_health_check=list(HealthCheck), verbosity=Verbosity.quiet,
     )  # fmt: skip
     run_state_machine_as_test(seed(number)(Calls), settings=chosen)
