@@ -20,7 +20,7 @@ from tests.kernel.conftest import base_directory
 from tests.kernel.world import World
 from tests.soak.calls import Calls
 
-STEPS, EXAMPLES = 40, 20
+STEPS, EXAMPLES = 40, 5
 
 
 def main() -> int:
