@@ -26,8 +26,8 @@ def dmsetup(*arguments: str, table: str = "") -> str:
 
 def replace(name: str, table: str) -> None:
     """Give the mapper `name` another table, under running I/O."""
+    dmsetup("load", name, table=table)  # before the suspend, which one that is refused would leave
     dmsetup("suspend", "--nolockfs", "--noflush", name)
-    dmsetup("load", name, table=table)
     dmsetup("resume", name)
 
 
