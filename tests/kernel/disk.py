@@ -58,7 +58,8 @@ class Disk:
                 lines.append(f"{done} {start - done} linear {number} {done}")
             lines.append(f"{start} {length} error")
             done = start + length
-        lines.append(f"{done} {self.size // SECTOR - done} linear {number} {done}")
+        if self.size // SECTOR > done:
+            lines.append(f"{done} {self.size // SECTOR - done} linear {number} {done}")
         replace(self.name, "\n".join(lines) + "\n")
 
 
