@@ -73,12 +73,6 @@ def close(name: str) -> None:
     dm.remove(name)
 
 
-def is_open(name: str, luks_uuid: str) -> bool:
-    """Whether the mapper `name` was opened from the LUKS2 device with `luks_uuid`."""
-    mapper = dm.find(name)
-    return mapper is not None and mapper.uuid.startswith(f"CRYPT-LUKS2-{luks_uuid.replace('-', '')}-")
-
-
 def _explained(error: CommandError, owner: str) -> EbiError:
     if error.returncode == _WRONG_PASSPHRASE:
         return invalid(f"the passphrase does not open {owner}", "give the secret that it was encrypted with")

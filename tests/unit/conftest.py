@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from plugin.errors import EbiError
 from plugin.images import BackingImage, DocumentSecrets, Images
+from plugin.luks import header
 from plugin.luks.parameters import Pbkdf, SecretParameters
 from plugin.settings import Settings
 
@@ -55,6 +57,15 @@ def make_raw(path: Path, size: int, runs: Sequence[tuple[int, int]]) -> Path:
             file.seek(start)
             file.write(os.urandom(length))
     return path
+
+
+def opens(path: Path, passphrase: bytes) -> bool:
+    """Whether the passphrase opens the LUKS2 file."""
+    try:
+        header.test_passphrase(path, passphrase, "it")
+    except EbiError:
+        return False
+    return True
 
 
 def sha512(path: Path) -> str:

@@ -10,7 +10,7 @@ from plugin.errors import EbiError, Kind
 from plugin.host import run
 from plugin.images import BackingImage, DocumentSecrets, headers
 from plugin.luks import header, keyslots
-from tests.unit.conftest import KIB, MIB, NAMESPACE, PASSPHRASE, Store, clone, make_raw, secret, sha512
+from tests.unit.conftest import KIB, MIB, NAMESPACE, PASSPHRASE, Store, clone, make_raw, opens, secret, sha512
 
 NEW = b"quite another\n"
 
@@ -35,14 +35,6 @@ def data(store: Store, name: str) -> Mapping[str, bytes]:
 def rekey(store: Store, *, keep_old: bool = False, users: tuple[str, ...] = ()) -> BackingImage:
     old, new = data(store, "key"), data(store, "new")
     return headers.rekey(store.images, "e", old, new, (NAMESPACE, "new"), keep_old=keep_old, users=users)
-
-
-def opens(path: Path, passphrase: bytes) -> bool:
-    try:
-        header.test_passphrase(path, passphrase, "it")
-    except EbiError:
-        return False
-    return True
 
 
 def test_only_the_new_passphrase_opens_and_the_content_is_the_same(locked: Store) -> None:

@@ -15,7 +15,7 @@ from plugin.settings import Settings
 from plugin.volumes import Volume, Volumes
 from plugin.volumes.record import Records
 from tests.killing import killed_at
-from tests.unit.conftest import MIB, PASSPHRASE, Store, clone, make_raw, secret
+from tests.unit.conftest import MIB, PASSPHRASE, Store, clone, make_raw, opens, secret
 
 NEW = b"another passphrase"
 
@@ -36,14 +36,6 @@ def formatted(volumes: Volumes, parameters: SecretParameters, **given: str) -> V
     volume = volumes.create("vol", MIB, {"encrypted": "true", **given})
     header.create(volume.path, parameters, header.new_key(parameters), sector_size=4096, owner="it")
     return Records(volume.directory.parent).save(volume, formatted=True)
-
-
-def opens(path: Path, passphrase: bytes) -> bool:
-    try:
-        header.test_passphrase(path, passphrase, "it")
-    except EbiError:
-        return False
-    return True
 
 
 class TestRekey:
