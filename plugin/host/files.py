@@ -1,5 +1,6 @@
 """Files as this project needs them: replaced whole, durable, sparse, and measured by their data."""
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -7,12 +8,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from plugin.errors import exhausted, precondition
 
 _FICLONE = 0x4004_9409  # linux/fs.h
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,38 @@ def room(name: str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise exhausted(f"no space left for {name}", "free space in the data directory") from error
         raise
+
+
+def reserve(fd: int, run: Extent, name: str) -> bool:
+    """Have disk space for `run` of the open file `fd`; it reads as before. False where the filesystem can't do that.
+
+    Raises EXHAUSTED without space for `name`. Not posix_fallocate(3), which writes where the filesystem can't.
+    """
+    with room(name):
+        return _fallocate(fd, _KEEP_SIZE, run)
+
+
+def punch(fd: int, run: Extent) -> None:
+    """Give the disk space of `run` of the open file `fd` back, where the filesystem can; it reads as zeros."""
+    _fallocate(fd, _KEEP_SIZE | _PUNCH_HOLE, run)
+
+
+def _fallocate(fd: int, mode: int, run: Extent) -> bool:
+    call = _libc().fallocate
+    while call(fd, mode, run.start, run.length) != 0:
+        number = ctypes.get_errno()
+        if number in (errno.EOPNOTSUPP, errno.ENOSYS):
+            return False
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+    return True
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    return libc
 
 
 def preallocate(fd: int, length: int, name: str) -> None:

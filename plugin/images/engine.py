@@ -1,17 +1,20 @@
 """The copy engine: one disk into another, by worker processes that each take the next piece that is left.
 
-Processes, since the threads of one interpreter do not scale at ciphering. A worker gets its keys by its standard input
-and the files as inherited descriptors. Reading, ciphering and writing overlap between workers, and the disk works
+Processes, since the threads of one interpreter do not scale at ciphering. One is started, and the others are its forks,
+so that Python starts once for all. They get the keys by a standard input, the files as inherited descriptors, and their
+work from a socket that they share. Reading, ciphering and writing overlap between them, and the disk works
 while they do, since they write past the page cache where the filesystem lets them.
 """
 
 import json
 import logging
 import os
-import selectors
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,8 @@ from plugin.images.target import PIECE, TargetSpec
 log = logging.getLogger(__name__)
 
 _MOST_WORKERS = 8
-_AHEAD = 2  # pieces that a worker has: one at work, one to go on with
+_AHEAD = 2  # pieces a worker that are handed out: one at work, one to go on with
+_LONGEST = 1 << 20  # bytes of an answer
 _ROOT = Path(__file__).parents[2]
 
 
@@ -53,19 +57,18 @@ def copy(
         "source": origin,
         "target": target.description() if target else None,
         "parent": os.getpid(),
+        "workers": count,
     }
     fds = ({*_fds(origin)} | ({target.fd, target.direct} if target else set())) - {-1}
-    team: list[_Worker] = []
+    if not runs:
+        return []
+    team = _Team(job, fds)
     try:
-        for _ in range(count if runs else 0):
-            team.append(_Worker(job, fds))
-        written = _drive(team, pieces, advance)
+        written = _drive(team, pieces, _AHEAD * count, advance)
     except BaseException:
-        for worker in team:
-            worker.kill()
+        team.kill()
         raise
-    for worker in team:
-        worker.end()
+    team.end()
     return written
 
 
@@ -95,90 +98,87 @@ def _pieces(runs: Iterable[Extent]) -> Iterator[list[tuple[int, int]]]:
         yield piece
 
 
-def _drive(team: "list[_Worker]", pieces: Iterator[list[tuple[int, int]]], advance: Callable[[int], None]) -> list[Sum]:
+def _drive(
+    team: "_Team", pieces: Iterator[list[tuple[int, int]]], most: int, advance: Callable[[int], None]
+) -> list[Sum]:
+    """Have the team do all pieces, `most` of them handed out at a time."""
     written: list[Sum] = []
-    with selectors.DefaultSelector() as selector:
-        for worker in team:
-            selector.register(worker.answers, selectors.EVENT_READ, worker)
-        for _ in range(_AHEAD):
-            for worker in team:
-                worker.give(next(pieces, None))
-        while selector.get_map():
-            for key, _ in selector.select():
-                worker = key.data
-                for done, sums in worker.take():
-                    written += sums
-                    worker.give(next(pieces, None))
-                    advance(done)
-                if not worker.pending:
-                    selector.unregister(worker.answers)
+    pending, piece = 0, next(pieces, None)
+    while piece or pending:
+        while piece and pending < most and team.give(piece):
+            pending, piece = pending + 1, next(pieces, None)
+        done, sums = team.take()
+        pending -= 1
+        written += sums
+        advance(done)
     return sorted(written, key=lambda item: item.start)
 
 
-class _Worker:
-    """One process and the pipes to it."""
+class _Team:
+    """The worker processes, and the socket to all of them: each message is for one, or from one."""
 
     def __init__(self, job: dict[str, object], fds: Iterable[int]) -> None:
-        command = [sys.executable, "-s", "-m", "plugin.images.worker"]
-        # A group of its own: an interrupt at the terminal is for us, and we end the workers.
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            pass_fds=tuple(fds), env=environment({"PYTHONPATH": str(_ROOT)}), process_group=0,
-        )  # fmt: skip
-        assert self._process.stdin and self._process.stdout and self._process.stderr
-        self._input, self.answers, self._stderr = self._process.stdin, self._process.stdout, self._process.stderr
-        self._rest = b""
-        self.pending = 0
-        self._send(job)
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        command = [sys.executable, "-s", "-m", "plugin.images.worker", str(theirs.fileno())]
+        with theirs:
+            # A group of its own: an interrupt at the terminal is for us, and we end the workers.
+            self._leader = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                pass_fds=(*fds, theirs.fileno()), env=environment({"PYTHONPATH": str(_ROOT)}), process_group=0,
+            )  # fmt: skip
+        assert self._leader.stdin and self._leader.stderr
+        self._stderr = self._leader.stderr
+        with suppress(BrokenPipeError), self._leader.stdin as stdin:  # where it died, `take` will tell
+            stdin.write(json.dumps(job).encode())
 
-    def give(self, piece: list[tuple[int, int]] | None) -> None:
-        """Hand it one more piece; None: there are no more."""
-        if piece is not None:
-            self._send(piece)
-            self.pending += 1
+    def give(self, piece: list[tuple[int, int]]) -> bool:
+        """Hand out one more piece; False where the socket is full."""
+        try:
+            self._socket.send(json.dumps(piece).encode(), socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except BrokenPipeError:
+            pass  # their last words, or their end, come with `take`
+        return True
 
-    def take(self) -> Iterator[tuple[int, list[Sum]]]:
-        """What it has done since: bytes, and what was written. Raises what it met."""
-        data = os.read(self.answers.fileno(), 1 << 20)
-        if not data:
-            raise self._died()
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            answer = json.loads(line)
-            if "message" in answer:
-                raise EbiError(answer["message"], kind=Kind[answer["kind"]], hint=answer["hint"])
-            self.pending -= 1
-            yield answer["done"], [Sum(*item) for item in answer["written"]]
+    def take(self) -> tuple[int, list[Sum]]:
+        """Wait until a piece is done: its bytes, and what was written. Raises what a worker met."""
+        answer = json.loads(self._received() or "null")
+        if answer is None:
+            raise self._died(self._leader.wait())
+        if "died" in answer:
+            raise self._died(answer["died"])
+        if "message" in answer:
+            raise EbiError(answer["message"], kind=Kind[answer["kind"]], hint=answer["hint"])
+        return answer["done"], [Sum(*item) for item in answer["written"]]
 
     def end(self) -> None:
-        """Let it go, all its work done."""
-        self._input.close()
-        self._process.wait()
-        self._close()
+        """Let them go, all work done."""
+        self._socket.close()
+        self._leader.wait()
+        self._stderr.close()
 
     def kill(self) -> None:
-        """End it at once."""
-        self._process.kill()
-        self._process.wait()
-        self._close()
+        """End them at once; none is left afterwards."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._leader.pid, signal.SIGKILL)
+        self._leader.wait()
+        while self._received():  # the end comes with that of the last of them
+            continue
+        self._socket.close()
+        self._stderr.close()
 
-    def _send(self, value: object) -> None:
+    def _received(self) -> bytes:
         try:
-            self._input.write(json.dumps(value).encode() + b"\n")
-            self._input.flush()
-        except BrokenPipeError:
-            return  # its last words, or its end, are read from the other pipe
+            return self._socket.recv(_LONGEST)
+        except ConnectionResetError:  # they ended with work before them; what they said until then is still there
+            return self._socket.recv(_LONGEST)
 
-    def _died(self) -> EbiError:
-        status = self._process.wait()
+    def _died(self, status: int) -> EbiError:
+        """`status`: that of a process as `subprocess` tells it."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._leader.pid, signal.SIGKILL)
         log.error("a worker ended with %d: %s", status, self._stderr.read().decode(errors="replace"))
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         return EbiError(f"a worker process {how}", hint="is memory short? the log tells more; try again")
-
-    def _close(self) -> None:
-        for stream in (self._input, self.answers, self._stderr):
-            try:
-                stream.close()
-            except BrokenPipeError:
-                continue

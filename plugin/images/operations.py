@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from plugin.errors import invalid, precondition
-from plugin.host.files import Extent, data_extents, share
+from plugin.host.files import Extent, data_extents, reserve, share
 from plugin.images import engine, extents, formats, http, qcow2_writer, space, sums
 from plugin.images.disk import CipherSpec, Disk, Source
 from plugin.images.formats import Format
@@ -205,6 +205,9 @@ def copy_disk(
     direct = open_direct(work.path)
     try:
         target = TargetSpec(fd, direct, base, cipher, sparse, places)
+        # Where blocks are there already, several can be written at once, and they lie in one piece on the disk.
+        lying = (Extent(target.at(run.start), run.length) for run in extents.merged(runs))
+        target = replace(target, reserved=all(reserve(fd, run, work.owner) for run in lying))
         return engine.copy(source, target, runs, workers=work.settings.workers, advance=work.report.advance)
     finally:
         if direct >= 0:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from plugin.errors import exhausted
-from plugin.host.files import Extent
+from plugin.host.files import Extent, punch
+from plugin.images import extents
 from plugin.images.disk import CipherSpec
 from plugin.images.extents import BLOCK, SHORTEST_HOLE
 from plugin.images.sums import Sum
@@ -24,7 +25,8 @@ class TargetSpec:
     """The file open as `fd`, and as `direct` past the page cache (-1: not so); the disk starts at `base` in it.
 
     Where there are `places`, the disk does not lie in one piece: each says from which byte of the disk on the file
-    holds it at which byte, in order.
+    holds it at which byte, in order. `reserved` says that the file has disk space for all that is written, so that
+    what is left out must be given back.
     """
 
     fd: int
@@ -33,6 +35,7 @@ class TargetSpec:
     cipher: CipherSpec | None
     sparse: bool
     places: Places = ()
+    reserved: bool = False
 
     def description(self) -> dict[str, Any]:
         """For another process; may hold a key."""
@@ -44,6 +47,7 @@ class TargetSpec:
             "cipher": cipher,
             "sparse": self.sparse,
             "places": self.places,
+            "reserved": self.reserved,
         }
 
     @classmethod
@@ -51,7 +55,7 @@ class TargetSpec:
         """The inverse of `description`."""
         places = [(start, at) for start, at in value["places"]]
         cipher = CipherSpec.restored(value["cipher"])
-        return cls(value["fd"], value["direct"], value["base"], cipher, value["sparse"], places)
+        return cls(value["fd"], value["direct"], value["base"], cipher, value["sparse"], places, value["reserved"])
 
     def at(self, offset: int) -> int:
         """Where in the file byte `offset` of the disk lies."""
@@ -83,6 +87,9 @@ class Target:
                 self._cipher.encrypt(part, run.start)
             sums.append(Sum.of(part, run.start))
             self._put(part, self._spec.at(run.start))
+        if self._spec.reserved:
+            for hole in extents.without(whole, runs):
+                punch(self._spec.fd, Extent(self._spec.at(hole.start), hole.length))
         return sums
 
     def _put(self, part: memoryview, at: int) -> None:

@@ -1,7 +1,8 @@
-"""A worker process of the copy engine: takes runs of a disk from its standard input, reads, ciphers and writes them.
+"""The worker processes of the copy engine: each takes runs of a disk from a socket, reads, ciphers and writes them.
 
-The first line of input is the job, with the keys in it; each further line a list of runs, answered by a line that says
-what was written. The files are inherited open. It ends with its input, or with its parent.
+`python -m plugin.images.worker FD`: FD is the socket that all share, standard input the job, with the keys in it; the
+files are inherited open. A message is a list of runs, its answer what was written. The process that is started only
+forks the others and tells when one dies. All end when the other end of the socket is closed, or with their parent.
 """
 
 import ctypes
@@ -9,7 +10,11 @@ import json
 import mmap
 import os
 import signal
+import socket
 import sys
+import traceback
+from collections.abc import Mapping
+from typing import Any
 
 from plugin.errors import EbiError, Kind
 from plugin.images import formats
@@ -17,44 +22,72 @@ from plugin.images.sums import Sum
 from plugin.images.target import PIECE, Target, TargetSpec
 
 _PR_SET_PDEATHSIG = 1
+_LONGEST = 1 << 20  # bytes of a message
+_TOLD = 1  # exit status of a worker whose last message says why
+_BROKEN = 70
 
 
 def main() -> int:
-    """Work until the input ends; 1 after a failure, which the last line of output tells."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    job = json.loads(sys.stdin.buffer.readline() or "null")
-    if job is None or os.getppid() != job["parent"]:  # the parent was gone before we could ask to follow it
-        return 1
-    try:
-        _work(job)
-    except EbiError as error:
-        _answer({"message": error.message, "hint": error.hint, "kind": error.kind.name})
-        return 1
-    except OSError as error:
-        text = f"{error.strerror} (errno {error.errno})"
-        _answer({"message": text, "hint": "see the kernel's log for the device", "kind": Kind.INTERNAL.name})
-        return 1
+    """Have as many workers as the job says, and wait for them."""
+    job = json.load(sys.stdin.buffer)
+    if not _following(job["parent"]):
+        return _TOLD
+    with socket.socket(fileno=int(sys.argv[1])) as shared:
+        leader = os.getpid()
+        for _ in range(job["workers"]):
+            if os.fork() == 0:
+                os._exit(_worker(job, shared, leader))
+        for _ in range(job["workers"]):
+            status = os.waitstatus_to_exitcode(os.wait()[1])
+            if status not in (0, _TOLD):
+                _tell(shared, {"died": status})
     return 0
 
 
-def _work(job: dict[str, dict[str, object]]) -> None:
+def _following(parent: int) -> bool:
+    """Have this process killed when its parent ends; False where it was gone before we could ask for that."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    return os.getppid() == parent
+
+
+def _worker(job: Mapping[str, Any], shared: socket.socket, leader: int) -> int:
+    """All that a forked worker does; returns its exit status."""
+    try:
+        if _following(leader):
+            _work(job, shared)
+        return 0
+    except EbiError as error:
+        _tell(shared, {"message": error.message, "hint": error.hint, "kind": error.kind.name})
+        return _TOLD
+    except OSError as error:
+        text = f"{error.strerror} (errno {error.errno})"
+        _tell(shared, {"message": text, "hint": "see the kernel's log for the device", "kind": Kind.INTERNAL.name})
+        return _TOLD
+    except BaseException:
+        traceback.print_exc()
+        return _BROKEN
+
+
+def _work(job: Mapping[str, Any], shared: socket.socket) -> None:
     source = formats.restored(job["source"])
     target = Target(TargetSpec.restored(job["target"])) if job["target"] else None
     buffer = memoryview(mmap.mmap(-1, PIECE))  # aligned to pages, as direct I/O wants it
-    for line in sys.stdin.buffer:
+    while message := shared.recv(_LONGEST):
         done, written = 0, []
-        for start, length in json.loads(line):
+        for start, length in json.loads(message):
             piece = buffer[:length]
             source.read(piece, start)
             sums = target.write(piece, start) if target else [Sum.of(piece, start)]
             written += [(item.start, item.length, item.crc) for item in sums]
             done += length
-        _answer({"done": done, "written": written})
+        _tell(shared, {"done": done, "written": written})
 
 
-def _answer(value: dict[str, object]) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
-    sys.stdout.flush()
+def _tell(shared: socket.socket, value: Mapping[str, object]) -> None:
+    try:
+        shared.send(json.dumps(value).encode())
+    except BrokenPipeError:
+        return  # nobody waits for it any more
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ A sector's number is its byte offset in the payload divided by 512, whatever the
 the kernel's dm-crypt documentation; LUKS2 leaves dm-crypt's iv_large_sectors off). So any range of whole sectors can
 be done by itself. The IV is the number, little-endian; for ESSIV that encrypted under the key's SHA-256.
 
-libcrypto is called through ctypes, in place. The calls keep the interpreter's lock: for calls this short, dropping and
-taking it costs half as much again, and ranges are spread over processes anyway (docs/decisions/002).
+libcrypto is called through ctypes, in place. EVP_Cipher gets pointers that were made beforehand, and is not told its
+arguments' types: to make three pointers of numbers for each sector costs more than the call. The calls keep the
+interpreter's lock: for calls this short, dropping and taking it costs half as much again, and ranges are spread over
+processes anyway (docs/decisions/002).
 """
 
 import ctypes
@@ -13,6 +15,7 @@ import ctypes.util
 import hashlib
 from collections.abc import Iterator
 from functools import cache
+from typing import TypeAlias
 
 from plugin.errors import EbiError, invalid, unsupported
 
@@ -22,6 +25,7 @@ _CBC_SIZES = {128: "EVP_aes_128_cbc", 192: "EVP_aes_192_cbc", 256: "EVP_aes_256_
 # By cipher and bits of the volume key, which for XTS holds two keys: libcrypto's name.
 _ALGORITHMS = {XTS: {256: "EVP_aes_128_xts", 512: "EVP_aes_256_xts"}, _CBC: _CBC_SIZES, _ESSIV: _CBC_SIZES}
 _ECB = "EVP_aes_256_ecb"
+_Pointer: TypeAlias = "ctypes._CArgObject"
 
 
 def supports(cipher: str, key_size: int) -> bool:
@@ -54,6 +58,8 @@ class Cipher:
         if cipher == XTS and key[: len(key) // 2] == key[len(key) // 2 :]:
             raise invalid("a volume key whose halves are equal is none for XTS", "encrypt with a random key")
         self.sector_size = sector_size
+        self._start = 0
+        self._pointers: list[_Pointer] = []
         algorithm = _ALGORITHMS[cipher][bits]
         self._contexts = {encrypt: _Context(algorithm, key, encrypt=encrypt) for encrypt in (False, True)}
         self._essiv = _Context(_ECB, hashlib.sha256(key).digest(), encrypt=True) if cipher == _ESSIV else None
@@ -70,20 +76,28 @@ class Cipher:
         size, length = self.sector_size, len(buffer)
         if length % size or offset % size:
             raise ValueError(f"{length} bytes at {offset} are not whole sectors of {size}")
-        start = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-        addresses = range(start, start + length, size)
         numbers = range(offset // 512, (offset + length) // 512, size // 512)
+        sectors = self._sectors(ctypes.addressof(ctypes.c_char.from_buffer(buffer)), length) if length else []
         handle, cipher, number = context.handle, context.lib.EVP_Cipher, context.number
         if number is not None:
-            for number.value, address in zip(numbers, addresses, strict=True):
-                if cipher(handle, address, address, size) <= 0:
+            for number.value, sector in zip(numbers, sectors, strict=True):
+                if cipher(handle, sector, sector, size) <= 0:
                     raise _failed()
             return
         init = context.lib.EVP_CipherInit_ex
-        for iv, address in zip(self._ivs(numbers), addresses, strict=True):
+        for iv, sector in zip(self._ivs(numbers), sectors, strict=True):
             init(handle, None, None, None, iv, -1)
-            if cipher(handle, address, address, size) <= 0:
+            if cipher(handle, sector, sector, size) <= 0:
                 raise _failed()
+
+    def _sectors(self, start: int, length: int) -> "list[_Pointer]":
+        """Pointers to the sectors of the buffer at address `start`; made anew only for another buffer."""
+        before = start - self._start
+        if before < 0 or before % self.sector_size or before + length > len(self._pointers) * self.sector_size:
+            anchor = ctypes.c_char.from_address(start)
+            self._start, before = start, 0
+            self._pointers = [ctypes.byref(anchor, at) for at in range(0, length, self.sector_size)]
+        return self._pointers[before // self.sector_size : (before + length) // self.sector_size]
 
     def _ivs(self, numbers: range) -> Iterator[bytes]:
         ivs = bytearray().join(number.to_bytes(16, "little") for number in numbers)
@@ -100,7 +114,8 @@ class _Context:
 
     def __init__(self, algorithm: str, key: bytes, *, encrypt: bool) -> None:
         self.lib = _libcrypto()
-        self.handle: int = self.lib.EVP_CIPHER_CTX_new()
+        self._address: int = self.lib.EVP_CIPHER_CTX_new()
+        self.handle = _pointer(self._address)
         found = getattr(self.lib, algorithm)()
         if self.lib.EVP_CipherInit_ex(self.handle, found, None, key, bytes(16), int(encrypt)) != 1:
             raise EbiError(f"libcrypto does not take a key for {algorithm}", hint="is it in FIPS mode?")
@@ -108,12 +123,12 @@ class _Context:
 
     def __del__(self) -> None:
         if hasattr(self, "handle"):
-            self.lib.EVP_CIPHER_CTX_free(self.handle)  # it wipes the key
+            self.lib.EVP_CIPHER_CTX_free(self._address)  # it wipes the key
 
     def run(self, buffer: bytearray) -> None:
         """Cipher all of `buffer` in place, with the IV that is set."""
-        address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-        if self.lib.EVP_Cipher(self.handle, address, address, len(buffer)) <= 0:
+        place = ctypes.byref(ctypes.c_char.from_buffer(buffer))
+        if self.lib.EVP_Cipher(self.handle, place, place, len(buffer)) <= 0:
             raise _failed()
 
     def _number(self) -> ctypes.c_uint64 | None:
@@ -121,7 +136,7 @@ class _Context:
         if not hasattr(self.lib, "EVP_CIPHER_CTX_iv_noconst"):
             return None
         self.lib.EVP_CIPHER_CTX_iv_noconst.restype = ctypes.c_void_p
-        pointer = self.lib.EVP_CIPHER_CTX_iv_noconst(ctypes.c_void_p(self.handle))
+        pointer = self.lib.EVP_CIPHER_CTX_iv_noconst(self.handle)
         if not pointer:
             return None
         number, here, asked = ctypes.c_uint64.from_address(pointer), bytearray(32), bytearray(32)
@@ -132,6 +147,10 @@ class _Context:
         number.value = probe
         self.run(here)
         return number if here == asked else None
+
+
+def _pointer(address: int) -> _Pointer:
+    return ctypes.byref(ctypes.c_char.from_address(address))
 
 
 def _failed() -> EbiError:
@@ -157,5 +176,4 @@ def _libcrypto() -> ctypes.PyDLL:
     lib.EVP_CIPHER_CTX_free.argtypes = [pointer]
     lib.EVP_CIPHER_CTX_free.restype = None
     lib.EVP_CipherInit_ex.argtypes = [pointer, pointer, pointer, pointer, pointer, number]
-    lib.EVP_Cipher.argtypes = [pointer, pointer, pointer, ctypes.c_uint]
     return lib

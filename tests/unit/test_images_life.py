@@ -1,7 +1,9 @@
 """An image's life: made once, made again after a failure or a kill, used, deleted."""
 
 import os
+import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from plugin.host.files import Extent
 from plugin.host.lock import locked
 from plugin.images import BackingImage, Images, Progress, State, engine
 from plugin.images.disk import Disk
+from plugin.images.sums import Sum
 from plugin.images.target import TargetSpec
 from plugin.settings import Settings
 from tests.unit.conftest import MIB, Store, clone, make_raw, manifest, sha512
@@ -217,25 +220,40 @@ def test_a_file_cut_short_while_it_is_read_is_an_error(golden: Store) -> None:
             engine.copy(Disk(file.fileno(), 8 * MIB), target, [Extent(6 * MIB, MIB)])
 
 
-def test_a_worker_that_dies_is_an_error_and_its_fellows_end(golden: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    killed: list[int] = []
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
-    def kill(worker: engine._Worker) -> None:
-        killed.append(worker._process.pid)
-        worker._process.kill()
 
-    give = engine._Worker.give
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "XZ"
+    except OSError:
+        return False
 
-    def sabotaged(worker: engine._Worker, piece: list[tuple[int, int]] | None) -> None:
-        give(worker, piece)
-        if not killed:
-            kill(worker)
 
-    monkeypatch.setattr(engine._Worker, "give", sabotaged)
+@pytest.mark.parametrize("which", ["leader", "fork"])
+def test_a_worker_that_dies_is_an_error_and_its_fellows_end(
+    golden: Store, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    seen: set[int] = set()
+    take = engine._Team.take
+
+    def sabotaged(team: engine._Team) -> tuple[int, list[Sum]]:
+        if not seen:
+            leader = team._leader.pid
+            while not (forks := children(leader)):
+                time.sleep(0.001)
+            seen.update({leader, *forks})
+            os.kill(leader if which == "leader" else forks[0], signal.SIGKILL)
+        while True:  # others may have done their pieces
+            take(team)
+
+    monkeypatch.setattr(engine._Team, "take", sabotaged)
     with pytest.raises(EbiError, match="a worker process was killed by signal 9"):
         golden.apply(clone("e", "golden", "encrypt"))
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    assert str(killed[0]) not in children
+    for pid in seen:  # its files are closed a moment before its end
+        while alive(pid):
+            time.sleep(0.001)
     assert golden.images.get("e").status.state == "failed"
 
 
