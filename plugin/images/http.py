@@ -84,6 +84,9 @@ def from_file(file: RawIOBase) -> Download:
 def _read_all(file: RawIOBase) -> Iterator[bytes]:
     buffer = bytearray()
     while part := file.read(PIECE - len(buffer)):
+        if len(part) == PIECE:  # as files give them: one copy less than what a pipe brings
+            yield part
+            continue
         buffer += part
         if len(buffer) == PIECE:
             yield bytes(buffer)

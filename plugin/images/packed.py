@@ -256,6 +256,9 @@ def _gathered(parts: Iterator[bytes]) -> Iterator[bytes]:
     """`parts` as pieces of 1 MiB, the last shorter."""
     buffer = bytearray()
     for part in parts:
+        if len(part) == PIECE and not buffer:
+            yield part
+            continue
         buffer += part
         while len(buffer) >= PIECE:
             yield bytes(memoryview(buffer)[:PIECE])

@@ -4,12 +4,14 @@ import hashlib
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from plugin.host.files import Extent, start_writing
 from plugin.images.http import Download
 from plugin.images.packed import Content, Packing
 from plugin.images.progress import Reporter
@@ -19,6 +21,7 @@ from plugin.images.target import Target, TargetSpec
 
 _LOOK_SECONDS = 0.2
 _END_SECONDS = 1.0
+_AHEAD = 2  # pieces that wait to be hashed
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ def receive(found: Download, path: Path, fd: int, owner: str, report: Reporter, 
             written = target.write(memoryview(piece), at)
             room.used += sum(item.length for item in written)
             sums += written
+            start_writing(fd, Extent(at, len(piece)))
             at += len(piece)
             report.tick()
     os.ftruncate(fd, at)
@@ -72,16 +76,15 @@ class _Incoming:
         """As they come; an empty one: see `Download`."""
         begun = False
         with ThreadPoolExecutor(1) as hasher, closing(ahead(self._found, self._report.tick)) as coming:
-            hashing: Future[None] | None = None
+            hashing: deque[Future[None]] = deque()
             for piece in coming:
-                if hashing:
-                    hashing.result()  # one piece at a time: memory stays bounded
-                    hashing = None
+                while len(hashing) > (_AHEAD if piece else 0):  # memory stays bounded
+                    hashing.popleft().result()
                 if not piece:
                     self._digest, begun = hashlib.sha512(), False
                     self._report.advance(-self._report.done)
                 elif self._hashed:
-                    hashing = hasher.submit(self._digest.update, piece)
+                    hashing.append(hasher.submit(self._digest.update, piece))
                 if piece and not begun:
                     self._report.expect(self._found.size or 0)
                     begun = True
