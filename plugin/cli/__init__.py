@@ -1,4 +1,4 @@
-"""The command line `ebi`: each command is a module here, loaded only when it runs.
+"""The command line `ebi`: each command is a module here; what only one of them needs, as gRPC, is loaded when it runs.
 
 A module has `add(subparsers)`, which describes its command, and the function that the command runs: it takes the
 parsed arguments and the settings, and returns the exit status.

@@ -1,7 +1,10 @@
 """An image's content written to a file outside of the data directory, so that what goes in can come out."""
 
+import fcntl
+import glob
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from plugin.errors import EbiError, exists, invalid
@@ -34,10 +37,12 @@ def export(
 
     As it is, or its disk as `form` (raw or qcow2). `decrypt` opens an encrypted image with the Secret data `secret`.
     `dense` leaves no holes: an encrypted image that other tools shall open needs that, and for it `secret`.
+    What a killed export to it has left beside it goes.
     Raises NOT_FOUND, PRECONDITION for an image that is not ready, EXISTS for a file that is there, INVALID.
     """
     if file.exists():
         raise exists(f"the file {file} exists", "remove it, or name another one")
+    _sweep(file)
     with images.ready(name) as image:
         todo = _chosen(image, form, secret, dense=dense, decrypt=decrypt)
         partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
@@ -53,6 +58,14 @@ def export(
             partial.unlink(missing_ok=True)
         sync_directory(file.absolute().parent)
         return made
+
+
+def _sweep(file: Path) -> None:
+    """Remove the partial files of exports to `file` that nobody writes any more."""
+    for partial in file.parent.glob(f".{glob.escape(file.name)}.*.partial"):
+        with suppress(OSError), partial.open("rb") as left:
+            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.unlink()
 
 
 def _chosen(

@@ -3,10 +3,11 @@
 None needs root, a loop device or device-mapper, and none makes a temporary file beside its result.
 """
 
+import fcntl
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -254,10 +255,12 @@ def _sector_size(source: Source) -> int:
 
 @contextmanager
 def created(path: Path) -> Iterator[int]:
-    """A new, empty file at `path`, open for reading and writing."""
+    """A new, empty file at `path`, open for reading and writing, locked as long as anybody writes it."""
     path.unlink(missing_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
+        with suppress(OSError):  # not every filesystem that takes an export knows locks
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield fd
     finally:
         os.close(fd)

@@ -16,7 +16,7 @@ from plugin.luks.parameters import Pbkdf, SecretParameters
 # Where the payload starts, as with cryptsetup's defaults: 16 MiB.
 PAYLOAD_OFFSET = 16 << 20
 # cryptsetup(8), "RETURN CODES".
-_WRONG_PASSPHRASE, _OUT_OF_MEMORY = 2, 3
+_REFUSED, _WRONG_PASSPHRASE, _OUT_OF_MEMORY = 1, 2, 3
 NO_QUESTIONS = ("--batch-mode", "--disable-locks")
 
 
@@ -84,15 +84,18 @@ def test_passphrase(path: Path, passphrase: bytes, owner: str, *, slot: int | No
         raise explained(error, owner, f"cannot test the passphrase of {owner}") from error
 
 
-def explained(error: CommandError, owner: str, what: str) -> EbiError:
-    """What a failure of cryptsetup means for `owner`; `what` could not be done."""
+def explained(error: CommandError, owner: str, what: str, refused: Kind = Kind.INVALID) -> EbiError:
+    """What a failure of cryptsetup means for `owner`; `what` could not be done.
+
+    `refused` is the kind of its exit status 1, which tells of the arguments, and where devices are made of the kernel.
+    """
     if error.returncode == _WRONG_PASSPHRASE:
         return invalid(f"the passphrase does not open {owner}", "give the secret that it was encrypted with")
     if error.returncode == _OUT_OF_MEMORY:
         return exhausted(
             f"no memory to derive the key of {owner}", "raise the memory limit, or lower CRYPTO_PBKDF_MEMORY"
         )
-    kind = Kind.INVALID if error.returncode == 1 else Kind.INTERNAL
+    kind = refused if error.returncode == _REFUSED else Kind.INTERNAL
     return EbiError(f"{what}: {error.message}", kind=kind, hint=error.hint)
 
 

@@ -7,13 +7,12 @@ passphrase (and a process without the keyring can do it).
 from collections.abc import Sequence
 from pathlib import Path
 
-from plugin.errors import EbiError, Kind, exhausted, invalid
+from plugin.errors import Kind
 from plugin.host import dm
 from plugin.host.run import CommandError, run, secret_fd
 from plugin.luks.derivation import opening
+from plugin.luks.header import explained
 
-# cryptsetup(8), "RETURN CODES".
-_WRONG_PASSPHRASE, _OUT_OF_MEMORY = 2, 3
 # Without cryptsetup's own lock files: who calls holds the lock of the volume or image.
 _OPEN = ("cryptsetup", "open", "--type", "luks2", "--batch-mode", "--disable-locks", "--disable-keyring")
 
@@ -40,7 +39,7 @@ def open_with_passphrase(
         with opening(device, step):
             run([*argv, "--", str(device), name], stdin=passphrase)
     except CommandError as error:
-        raise _explained(error, owner) from error
+        raise explained(error, owner, f"cannot open {owner}", Kind.INTERNAL) from error
     dm.appeared(name)
 
 
@@ -59,7 +58,7 @@ def open_with_key(device: Path, name: str, volume_key: bytes, owner: str, *, fla
         try:
             run([*argv, *flags, "--", str(device), name], fds=(fd,))
         except CommandError as error:
-            raise _explained(error, owner) from error
+            raise explained(error, owner, f"cannot open {owner}", Kind.INTERNAL) from error
     dm.appeared(name)
 
 
@@ -71,13 +70,3 @@ def resize(name: str) -> None:
 def close(name: str) -> None:
     """Close the mapper `name` if it is open; the kernel wipes its key. Raises PRECONDITION when it is in use."""
     dm.remove(name)
-
-
-def _explained(error: CommandError, owner: str) -> EbiError:
-    if error.returncode == _WRONG_PASSPHRASE:
-        return invalid(f"the passphrase does not open {owner}", "give the secret that it was encrypted with")
-    if error.returncode == _OUT_OF_MEMORY:
-        return exhausted(
-            f"no memory to derive the key of {owner}", "raise the memory limit, or lower CRYPTO_PBKDF_MEMORY"
-        )
-    return EbiError(f"cannot open {owner}: {error.message}", kind=Kind.INTERNAL, hint=error.hint)

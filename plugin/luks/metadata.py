@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import struct
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,9 @@ def read(path: Path) -> Header:
 
 def read_fd(fd: int, name: str) -> Header:
     """As `read`, of an open file; `name` is for messages."""
-    head = os.pread(fd, 8, 0)
+    head = b""
+    with suppress(OSError):  # the second copy may be readable
+        head = os.pread(fd, 8, 0)
     if head[:6] == _MAGIC and head[6:8] == b"\x00\x01":
         raise unsupported(f"{name} has a LUKS1 header", "convert it with cryptsetup convert --type luks2")
     copies = _copies(fd)
@@ -114,15 +117,23 @@ def damaged(path: Path) -> list[str]:
     """Which of the two copies of the header are damaged: of "primary" and "secondary", those that are."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        whole = {offset == 0 for offset, magic in _places() if _copy(fd, offset, magic) is not None}
+        whole = {found[1][9] == 0 for found in _copies(fd)}
     finally:
         os.close(fd)
     return [name for name, first in (("primary", True), ("secondary", False)) if first not in whole]
 
 
 def _copies(fd: int) -> list[tuple[int, tuple[Any, ...], Any]]:
-    """The copies of the header that are whole, the newest last."""
-    found = [copy for offset, magic in _places() if (copy := _copy(fd, offset, magic)) is not None]
+    """The copies of the header that are whole, the newest last. Raises OSError where none is, and one can't be read."""
+    found, failure = [], None
+    for offset, magic in _places():
+        try:
+            if (copy := _copy(fd, offset, magic)) is not None:
+                found.append(copy)
+        except OSError as error:
+            failure = error
+    if failure and not found:
+        raise failure
     return sorted(found, key=lambda copy: copy[0])
 
 

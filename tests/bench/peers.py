@@ -8,6 +8,7 @@ from tests.bench.timing import synced
 # Same cipher and key as ours. qemu-img writes LUKS1, whose derivation is to take `iter-time` milliseconds; but finding
 # out what takes so long costs it seconds, whatever they are, and nothing turns that off.
 _LUKS = "cipher-alg=aes-256,cipher-mode=xts,ivgen-alg=plain64,hash-alg=sha256,iter-time=10"
+_TRIES = 30
 _SECRET = ["--object", "secret,id=key,file=/dev/stdin"]
 
 
@@ -21,14 +22,14 @@ def qemu_encrypt(source: Path, target: Path, *, form: str = "raw") -> None:
     """qemu-img into a LUKS file, and fsync."""
     options = ["-f", form, "-O", "luks", "-o", f"key-secret=key,{_LUKS}"]
     command: list[str | Path] = ["qemu-img", "convert", *_SECRET, *options, source, target]
-    try:
-        run(command, stdin=PASSPHRASE.encode())
-    except RuntimeError as error:
-        if "accurate CPU usage" not in str(
-            error
-        ):  # it failed at its start, to measure the derivation: a matter of luck
-            raise
-        run(command, stdin=PASSPHRASE.encode())
+    for again in reversed(range(_TRIES)):
+        try:
+            run(command, stdin=PASSPHRASE.encode())
+            break
+        except RuntimeError as error:
+            # It failed at its start, to measure the derivation: a matter of luck.
+            if not again or "accurate CPU usage" not in str(error):
+                raise
     synced(target)
 
 

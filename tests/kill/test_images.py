@@ -18,7 +18,8 @@ import zstandard
 
 from plugin import cli
 from plugin.errors import EbiError, Kind
-from plugin.images import BackingImage, Images
+from plugin.images import BackingImage, Images, formats
+from plugin.images.formats import Format
 from plugin.luks import header
 from plugin.settings import Settings
 from tests.demo import golden
@@ -29,7 +30,12 @@ ROUNDS = int(os.environ.get("EBI_KILL_ROUNDS", "200"))
 SEED = int(os.environ.get("EBI_KILL_SEED", str(random.SystemRandom().randrange(1 << 32))))
 SPACE = {"namespace": "longhorn-system"}
 OPERATIONS = ("download", "unpack", "upload", "clone", "encrypt", "encrypt qcow2", "decrypt", "reencrypt")
-EACH = ROUNDS // (len(OPERATIONS) + 1)  # rekey is the other one
+# By what comes out: the options; the encrypted image is the source.
+EXPORTS: dict[str, tuple[str, ...]] = {
+    "export": (), "export dense": ("--dense",), "export raw": ("--decrypt",),
+    "export qcow2": ("--decrypt", "--format", "qcow2"),
+}  # fmt: skip
+EACH = ROUNDS // (len(OPERATIONS) + len(EXPORTS) + 1)  # rekey is the other one
 
 
 class Store:
@@ -215,6 +221,38 @@ def test_a_kill_at_any_moment_is_followed_by_success(store: Store, operation: st
             out.unlink()
         store.ebi("delete", "backingimage", "target")
         assert not image.directory.exists(), where
+    assert killer.killed > EACH // 8, "most rounds ended before their kill"
+
+
+def disk_hash(path: Path) -> str:
+    """The SHA-512 of the disk in the file `path`, whatever its format."""
+    form = formats.detect(path)
+    key = header.volume_key(path, b"key", str(path)) if form is Format.LUKS else None
+    found = hashlib.sha512()
+    with formats.opened(path, form, key) as source:
+        for at in range(0, source.size, MIB):
+            piece = bytearray(min(MIB, source.size - at))
+            source.read(memoryview(piece), at)
+            found.update(piece)
+    return found.hexdigest()
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_a_killed_export_leaves_no_file_or_a_whole_one(store: Store, name: str) -> None:
+    directory = store.work / name
+    directory.mkdir()
+    out = directory / "out"
+    command = ("image", "export", "luks", out, *EXPORTS[name], *(("-f", store.secret) if EXPORTS[name] else ()))
+    killer = Killer(store, name, *command)
+    out.unlink()
+    for number in range(EACH):
+        where = f"round {number} of {name}, seed {SEED}"
+        killer.attempt()
+        if not out.exists():
+            store.ebi(*command)
+        assert list(directory.iterdir()) == [out], where
+        assert disk_hash(out) == store.plain, where
+        out.unlink()
     assert killer.killed > EACH // 8, "most rounds ended before their kill"
 
 

@@ -1,5 +1,6 @@
 """Headers: what cryptsetup writes is read here, and damage is seen."""
 
+import errno
 import os
 import subprocess
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from plugin.errors import EbiError, Kind
-from plugin.luks import header
+from plugin.luks import header, metadata
 from plugin.luks.parameters import Pbkdf, SecretParameters
 from tests.unit.conftest import PASSPHRASE
 
@@ -81,6 +82,24 @@ def test_the_second_copy_serves_where_the_first_is_damaged(encrypted: Path) -> N
     before = header.read(encrypted)
     damage(encrypted, 5000)
     assert header.read(encrypted) == before
+
+
+def test_the_second_copy_serves_where_the_first_cannot_be_read(
+    encrypted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, pread, good = header.read(encrypted), os.pread, 16384
+
+    def failing(fd: int, size: int, offset: int) -> bytes:
+        if offset < good:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(fd, size, offset)
+
+    monkeypatch.setattr(os, "pread", failing)
+    assert header.read(encrypted) == before
+    assert metadata.damaged(encrypted) == ["primary"]
+    good = 1 << 40
+    with pytest.raises(OSError, match="Input/output error"):
+        header.read(encrypted)
 
 
 @pytest.mark.parametrize("offset", [6, 9, 100, 300, 460, 4100, 16383])
