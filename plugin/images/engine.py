@@ -48,7 +48,8 @@ def copy(
     has there. `advance` is called with bytes as they are done; what it raises ends the copy.
     `workers`: 0 for one a core and one more. Nothing is synced. Raises what a worker met, and INTERNAL when one died.
     """
-    pieces = _pieces(runs)
+    if not runs:
+        return []
     # One more than there are cores, for the disk's sake: a worker that writes or reads ciphers nothing.
     wanted = workers or min(len(os.sched_getaffinity(0)) + 1, _MOST_WORKERS)
     count = max(1, min(wanted, -(-extents.total(runs) // PIECE)))
@@ -60,11 +61,9 @@ def copy(
         "workers": count,
     }
     fds = ({*_fds(origin)} | ({target.fd, target.direct} if target else set())) - {-1}
-    if not runs:
-        return []
     team = _Team(job, fds)
     try:
-        written = _drive(team, pieces, _AHEAD * count, advance)
+        written = _drive(team, _pieces(runs), _AHEAD * count, advance)
     except BaseException:
         team.kill()
         raise

@@ -28,7 +28,7 @@ from plugin.volumes.record import DATA, RECORD, Records, Volume
 log = logging.getLogger(__name__)
 
 MIB = 1 << 20
-CHUNK = 64 << 10
+CHUNK = 256 << 10
 
 
 class Volumes:

@@ -211,6 +211,20 @@ def test_a_filesystem_that_fills_up_meanwhile_is_an_error_of_its_own(tmp_path: P
     assert caught.value.kind is Kind.EXHAUSTED
 
 
+def test_more_pieces_than_the_socket_holds(tmp_path: Path) -> None:
+    runs = [Extent(start, 4096) for start in range(0, 2048 * MIB, 128 << 10)]  # 1024 of them make a piece
+    with (tmp_path / "from").open("w+b") as file, (tmp_path / "to").open("w+b") as out:
+        for run in runs:
+            os.pwrite(file.fileno(), run.start.to_bytes(8, "big") * 512, run.start)
+        for fd in (file.fileno(), out.fileno()):
+            os.truncate(fd, 2048 * MIB)
+        target = TargetSpec(out.fileno(), -1, 0, None, sparse=False)
+        sums = engine.copy(Disk(file.fileno(), 2048 * MIB), target, runs, workers=8)
+        assert [item.extent for item in sums] == runs
+        for run in runs[:: len(runs) // 100]:
+            assert os.pread(out.fileno(), 4096, run.start) == run.start.to_bytes(8, "big") * 512
+
+
 def test_a_file_cut_short_while_it_is_read_is_an_error(golden: Store) -> None:
     image = golden.images.get("golden")
     os.truncate(image.path, 7 * MIB - 512)
