@@ -12,7 +12,7 @@ from plugin import events
 from plugin.errors import EbiError, Kind, unavailable
 from plugin.host.files import Extent
 from plugin.host.lock import locked
-from plugin.images import BackingImage, Images, Progress, State, engine
+from plugin.images import BackingImage, Images, Progress, State, engine, operations
 from plugin.images.disk import Disk
 from plugin.images.sums import Sum
 from plugin.images.target import TargetSpec
@@ -209,6 +209,13 @@ def test_a_filesystem_that_fills_up_meanwhile_is_an_error_of_its_own(tmp_path: P
         os.close(source)
         os.close(full)
     assert caught.value.kind is Kind.EXHAUSTED
+
+
+def test_a_filesystem_may_be_unable_to_reserve_space(golden: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "reserve", lambda *_: False)
+    golden.apply(clone("e", "golden", "encrypt"))
+    golden.apply(clone("d", "e", "decrypt"))
+    assert sha512(golden.images.get("d").path) == sha512(golden.work / "raw")
 
 
 def test_more_pieces_than_the_socket_holds(tmp_path: Path) -> None:
