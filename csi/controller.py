@@ -65,6 +65,7 @@ class Controller(csi_pb2_grpc.ControllerServicer):
             dict(request.parameters),
             limit=most,
             block=all(one.block for one in wanted),
+            fs_type=next((one.fs_type for one in wanted if one.fs_type), ""),
         )
         return csi_pb2.CreateVolumeResponse(volume=self._wire(volume))
 

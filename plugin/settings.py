@@ -58,7 +58,7 @@ class Settings:
                     f"--{item.name.replace('_', '-')}",
                     default=None,
                     metavar=item.name.upper().replace("_", "-"),
-                    help=f"{item.metadata['help']} ({env}; default: {item.default or 'none'})",
+                    help=f"{item.metadata['help']} ({env}; default: {_shown(item.default)})",
                 )
 
     @classmethod
@@ -73,6 +73,12 @@ class Settings:
             if text is not None:
                 values[item.name] = _parse(item.name, env, str(text), item.default)
         return cls(**values)
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, bool):
+        return str(default).lower()
+    return "none" if default == "" else str(default)
 
 
 def _environment_name(name: str, metadata: Mapping[str, str]) -> str:

@@ -5,6 +5,7 @@ parsed arguments and the settings, and returns the exit status.
 """
 
 import resource
+import signal
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     # A core dump would hold passphrases; the children inherit this.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, which is inherited, every program succeeds
     try:
         settings = Settings.load(arguments)
         logs.configure(settings.log_level, settings.log_format)

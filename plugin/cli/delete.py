@@ -30,6 +30,6 @@ def run(arguments: Namespace, settings: Settings) -> int:
         volumes.delete(arguments.name)
         print(f"volume/{arguments.name} deleted")
     else:
-        images.delete(arguments.name, volumes.using(arguments.name))
+        images.delete(arguments.name)
         print(f"backingimage/{arguments.name} deleted")
     return 0

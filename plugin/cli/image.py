@@ -56,7 +56,9 @@ def _action(actions: Any, name: str, run: _Action, text: str) -> Any:
     command.add_argument("name", metavar="NAME", help="the backing image")
 
     def call(arguments: Namespace, settings: Settings) -> int:
-        run(arguments, settings, Images(private_directory(settings.data_dir) / "images", settings))
+        images = Images(private_directory(settings.data_dir) / "images", settings)
+        Volumes(settings.data_dir / "volumes", images, settings)  # so that the images know who uses them
+        run(arguments, settings, images)
         return 0
 
     command.set_defaults(run=call)

@@ -32,6 +32,11 @@ def add(commands: Any) -> None:
         "device_template",
         "target_root",
         "unlock_memory",
+        "allow_loopback",
+        "allow_files",
+        "download_retries",
+        "download_retry_seconds",
+        "download_idle_seconds",
     )
     command.set_defaults(run=run)
 

@@ -120,7 +120,14 @@ def reserve(fd: int, run: Extent, name: str) -> bool:
 
 def punch(fd: int, run: Extent) -> None:
     """Give the disk space of `run` of the open file `fd` back, where the filesystem can; it reads as zeros."""
-    _fallocate(fd, _KEEP_SIZE | _PUNCH_HOLE, run)
+    try:
+        _fallocate(fd, _KEEP_SIZE | _PUNCH_HOLE, run)
+    except OSError as error:
+        if error.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+        ):  # it needs some itself; reserved and unwritten reads as zeros
+            raise
 
 
 def start_writing(fd: int, run: Extent) -> None:

@@ -21,11 +21,13 @@ def locked(directory: Path, what: str, *, shared: bool = False) -> Iterator[None
     another operation is under way. The only holder may remove the directory.
     """
     while True:
-        with room(what):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
+            with room(what):
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):  # its holder removes it in this instant
+            if directory.exists() and not directory.is_dir():
+                raise
             continue
         try:
             fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -37,6 +39,9 @@ def locked(directory: Path, what: str, *, shared: bool = False) -> Iterator[None
         except BlockingIOError as error:
             os.close(fd)
             raise busy(f"another operation on {what} is under way", "try again when it has ended") from error
+        except BaseException:
+            os.close(fd)
+            raise
         try:
             yield
         finally:

@@ -81,13 +81,15 @@ def _fds(description: Mapping[str, Any]) -> Iterator[int]:
 
 
 def _pieces(runs: Iterable[Extent]) -> Iterator[list[tuple[int, int]]]:
-    """Lists of (start, length), each list of at most one piece's bytes in all; cut at multiples of a piece."""
+    """Lists of (start, length), each list of at most one piece's bytes in all; longer runs cut at its multiples."""
     piece: list[tuple[int, int]] = []
     size = 0
     for run in runs:
         at = run.start
         while at < run.end:
-            length = min((at // PIECE + 1) * PIECE, run.end) - at
+            # What fits a piece stays whole: a checksum that is looked for again is of the very same bytes.
+            upto = run.end if run.length <= PIECE else min((at // PIECE + 1) * PIECE, run.end)
+            length = upto - at
             if size + length > PIECE:
                 yield piece
                 piece, size = [], 0
@@ -118,7 +120,8 @@ class _Team:
 
     def __init__(self, job: dict[str, object], fds: Iterable[int]) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-s", "-m", "plugin.images.worker", str(theirs.fileno())]
+        # -P: no module is taken from the directory that the caller happens to be in.
+        command = [sys.executable, "-sP", "-m", "plugin.images.worker", str(theirs.fileno())]
         with theirs:
             # A group of its own: an interrupt at the terminal is for us, and we end the workers.
             self._leader = subprocess.Popen(
@@ -137,7 +140,7 @@ class _Team:
             self._socket.send(json.dumps(piece).encode(), socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
-        except BrokenPipeError:
+        except (BrokenPipeError, ConnectionResetError):
             pass  # their last words, or their end, come with `take`
         return True
 

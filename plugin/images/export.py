@@ -1,8 +1,8 @@
 """An image's content written to a file outside of the data directory, so that what goes in can come out."""
 
 import fcntl
-import glob
 import os
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -41,14 +41,14 @@ def export(
     Raises NOT_FOUND, PRECONDITION for an image that is not ready, EXISTS for a file that is there, INVALID.
     """
     if file.exists():
-        raise exists(f"the file {file} exists", "remove it, or name another one")
+        raise _taken(file)
     _sweep(file)
     with images.ready(name) as image:
         todo = _chosen(image, form, secret, dense=dense, decrypt=decrypt)
-        partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+        partial = file.with_name(f".{file.name}.{os.getpid()}-{os.urandom(4).hex()}.partial")
         try:
             made = todo(Work(partial, image.described, settings, Reporter(image, None, progress)))
-            partial.rename(file)
+            _publish(partial, file)
         except (EbiError, OSError) as error:
             failure = explained(error, image, "export")
             if failure is error:
@@ -61,11 +61,32 @@ def export(
 
 
 def _sweep(file: Path) -> None:
-    """Remove the partial files of exports to `file` that nobody writes any more."""
-    for partial in file.parent.glob(f".{glob.escape(file.name)}.*.partial"):
-        with suppress(OSError), partial.open("rb") as left:
-            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            partial.unlink()
+    """Remove the partial files of exports to `file` whose process is gone, and that nobody writes any more."""
+    name = re.compile(rf"\.{re.escape(file.name)}\.(\d+)-[0-9a-f]{{8}}\.partial")
+    for partial in file.absolute().parent.iterdir():
+        found = name.fullmatch(partial.name)
+        if found and not Path("/proc", found[1]).exists():
+            with suppress(OSError):
+                fd = os.open(partial, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    partial.unlink()
+                finally:
+                    os.close(fd)
+
+
+def _publish(partial: Path, file: Path) -> None:
+    """Give the whole file its name, where nobody else has taken it meanwhile."""
+    try:
+        os.link(partial, file)
+    except FileExistsError:
+        raise _taken(file) from None
+    except OSError:  # a filesystem without hard links
+        partial.rename(file)
+
+
+def _taken(file: Path) -> EbiError:
+    return exists(f"the file {file} exists", "remove it, or name another one")
 
 
 def _chosen(

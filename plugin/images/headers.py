@@ -62,9 +62,10 @@ def save_backup(images: Images, name: str, file: Path) -> None:
 def restore(images: Images, name: str, file: Path | None = None) -> BackingImage:
     """Put the header in `file`, or in the backup beside the image, back; with it come the passphrases it had.
 
+    An image that has failed for its header stays so until it is verified.
     Raises NOT_FOUND, PRECONDITION, and INVALID for the header of another device.
     """
-    with images.changing(name) as (image, save):
+    with images.changing(name, damaged=True) as (image, save):
         _check_encrypted(image)
         source = file or image.header_path
         if not source.exists():
@@ -73,6 +74,8 @@ def restore(images: Images, name: str, file: Path | None = None) -> BackingImage
         if file:
             backup.save(image.path, image.header_path, image.described)
         changed = image.changed(checksum="").noted(f"its header was restored from {source}")
+        if not image.ready:
+            changed = changed.changed(message=f"its header was restored; now ebi image verify {name}")
         save(changed)
         return changed
 

@@ -41,7 +41,12 @@ def _of_directory(images: Images, directory: Path) -> Iterator[Finding]:
     if image.status.state is State.UNKNOWN:
         yield Finding("record-damaged", subject, image.status.message, _AGAIN)
     elif image.status.state is State.FAILED:
-        yield Finding("failed", subject, f"it has failed: {image.status.message}", "apply it again, or delete it")
+        hint = "apply it again, or delete it"
+        if image.path.exists():  # it was ready once
+            hint = f"ebi image verify {name} looks again; or delete the image and make it again"
+        yield Finding("failed", subject, f"it has failed: {image.status.message}", hint)
+        if image.encrypted and image.path.exists():
+            yield from _of_header(images, image, subject)
     elif image.ready and not image.path.exists():
         yield Finding("file-missing", subject, f"its file {image.path} is missing", _AGAIN)
     elif image.ready and image.encrypted:

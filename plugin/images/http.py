@@ -7,6 +7,7 @@ still has the same version of the file. A message tells a URL without its user, 
 import logging
 import random
 import re
+import os
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -77,6 +78,7 @@ def from_file(file: RawIOBase) -> Download:
     """What the open, unbuffered `file` holds, or brings where it is a pipe."""
     status = Path(f"/proc/self/fd/{file.fileno()}").stat()
     if not stat.S_ISREG(status.st_mode):
+        os.set_blocking(file.fileno(), True)  # else nothing yet looks like the end
         return Download(None, _read_all(file))
     return Download(status.st_size, _read_all(file), status.st_blocks * 512)
 
@@ -110,9 +112,9 @@ class _Transfer:
     def stop(self) -> None:
         """End it, whatever it waits for; from any thread."""
         self._stopped.set()
-        if self._response is not None:
+        if (response := self._response) is not None:
             with suppress(OSError, ValueError, RuntimeError):  # where it has no socket any more
-                self._response.shutdown()
+                response.shutdown()
 
     def close(self) -> None:
         if self._response is not None:

@@ -30,10 +30,10 @@ def verify(
 
     The data is compared with the checksums kept at writing, by all workers; the whole file with its SHA-512 where one
     was asked for; the header of an encrypted one must be whole in one of its copies. A damaged image is `failed` from
-    then on: no volume is made of it. Raises NOT_FOUND, BUSY, and PRECONDITION for an image that is damaged, not ready,
-    or has nothing to compare with.
+    then on: no volume is made of it; one that is right again is ready again.
+    Raises NOT_FOUND, BUSY, and PRECONDITION for an image that is damaged, not ready, or has nothing to compare with.
     """
-    with images.changing(name) as (image, save):
+    with images.changing(name, damaged=True) as (image, save):
         kept = extents.load_sums(image.map_path)
         expected = image.spec.checksum if image.spec.checksum == image.status.checksum else ""
         if not kept and not expected and image.virtual_size and extents.total(image.extents()):
@@ -45,8 +45,14 @@ def verify(
             save(image.changed(state=State.FAILED, message=text))
             if isinstance(error, EbiError):
                 raise
-            raise precondition(f"{image.described} is damaged: {text}", "delete it and make it again") from error
-        return image
+            raise precondition(
+                f"{image.described} is damaged: {text}", "verify it again once the disk has healed, or make it again"
+            ) from error
+        if image.ready:
+            return image
+        healed = image.changed(state=State.READY, message="")
+        save(healed)
+        return healed
 
 
 def _check(image: BackingImage, settings: Settings, expected: str, report: Reporter) -> None:

@@ -24,7 +24,8 @@ _PARAMETERS: dict[str, set[str]] = {
     "clone": {"backing-image", "encryption", *_SECRET, *_SOURCE_SECRET, "sparse"},
 }
 # Fields of Longhorn's that say where copies go. They are kept, and have no effect on one node.
-_WITHOUT_EFFECT = ("minNumberOfCopies", "nodeSelector", "diskSelector", "dataEngine", "disks")
+_WITHOUT_EFFECT = ("minNumberOfCopies", "nodeSelector", "diskSelector", "dataEngine", "disks", "diskFileSpecMap")
+_FIELDS = {"sourceType", "sourceParameters", "checksum", "secret", "secretNamespace", *_WITHOUT_EFFECT}
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,10 @@ def parse(document: Mapping[str, Any]) -> Manifest:
     if not isinstance(metadata, Mapping) or not isinstance(spec, Mapping):
         raise invalid("a BackingImage has no metadata or no spec", "see deploy/examples")
     name = check_name(metadata.get("name"))
+    if strange := sorted(str(key) for key in spec.keys() - _FIELDS):
+        raise invalid(
+            f"unknown field {strange[0]} in the spec of backing image {name}", f"known are {', '.join(sorted(_FIELDS))}"
+        )
     parameters = spec.get("sourceParameters")
     if not isinstance(parameters, Mapping | None) or not all(
         isinstance(value, str | bool | int | None) for value in (parameters or {}).values()

@@ -87,6 +87,8 @@ def keys(manifest: Manifest, secrets: SecretSource) -> Keys:
         found = _parameters(manifest, secrets, spec.secret, spec.secret_namespace)
         check_cipher(found, manifest.described)
         return Keys(new=found)
+    if spec.source_type == "download" and spec.secret:  # it has no use for it; that it is there is Longhorn's rule
+        _parameters(manifest, secrets, spec.secret, spec.secret_namespace or manifest.namespace)
     if spec.encryption in ("", "ignore"):
         return Keys()
     found = parameters(manifest, secrets, "secret")

@@ -43,11 +43,13 @@ class Images:
     """The backing images below `root`; their objects are in `catalog`, by default in files there too.
 
     Safe to use from several threads and processes at once: an image's directory is locked while it is worked on.
+    `users` tells which volumes start from the image of a name; whoever keeps volumes sets it.
     """
 
     def __init__(self, root: Path, settings: Settings, catalog: Catalog | None = None) -> None:
         self._root, self._settings = root, settings
         self._catalog = catalog or LocalCatalog(root)
+        self.users: Callable[[str], Sequence[str]] = lambda _: ()
 
     @property
     def root(self) -> Path:
@@ -101,6 +103,8 @@ class Images:
                 current = replace(current, spec=rules.unchanged(wanted, current))
                 self._catalog.save(current)
                 return current
+            if current is not None and current.path.exists():  # it was damaged since
+                self._check_unused(current.name, f"make {current.described} again")
             wanted = rules.resolved(wanted, self._catalog.get, volumes)
             todo = job(wanted, held)
             image = BackingImage.new(wanted, directory, current)
@@ -117,23 +121,27 @@ class Images:
         """All images, by name."""
         return [image for found in self._catalog.list() if (image := self._seen(found.name)) is not None]
 
-    def delete(self, name: str, users: Sequence[str] = ()) -> None:
-        """Remove the image `name`, and stop whoever makes it; `users` are the volumes that use it.
+    def delete(self, name: str) -> None:
+        """Remove the image `name`, and stop whoever makes it.
 
-        Raises NOT_FOUND, PRECONDITION, and BUSY where it is in use, or its maker did not stop within some seconds.
+        Raises NOT_FOUND, PRECONDITION where volumes start from it, and BUSY where it is in use, or its maker did not
+        stop within some seconds.
         """
-        if users:
-            raise precondition(
-                f"cannot delete backing image {name} since there are volumes using it: {', '.join(sorted(users))}",
-                "delete those first",
-            )
         image = self.get(name)
         if image.status.state in WORKING:
             _cancel(image)
         with self._locked(name):
+            self._check_unused(name, f"delete backing image {name}")
             left = self._catalog.get(name)
             if left is not None:
                 self._catalog.remove(left)
+
+    def _check_unused(self, name: str, doing: str) -> None:
+        """Under the image's lock, under which volumes are made of it too."""
+        if users := self.users(name):
+            raise precondition(
+                f"cannot {doing} since there are volumes using it: {', '.join(sorted(users))}", "delete those first"
+            )
 
     @contextmanager
     def held(self, name: str) -> Iterator[BackingImage]:
@@ -147,17 +155,18 @@ class Images:
 
     @contextmanager
     def changing(
-        self, name: str, *, shared: bool = False
+        self, name: str, *, shared: bool = False, damaged: bool = False
     ) -> Iterator[tuple[BackingImage, Callable[[BackingImage], None]]]:
         """The ready image `name`, which nobody else uses or changes inside the block, and what keeps it as changed.
 
-        `shared`: others may use it meanwhile, for a change that is nothing to them. Raises NOT_FOUND, BUSY,
-        PRECONDITION for an image that is not ready.
+        `shared`: others may use it meanwhile, for a change that is nothing to them. `damaged`: also one that was found
+        to be so. Raises NOT_FOUND, BUSY, PRECONDITION for an image that is not ready.
         """
         self.get(name)
         with locked(self._root / name, f"backing image {name}", shared=True) if shared else self._locked(name):
             image = self.get(name)
-            _check_ready(image)
+            if not (damaged and image.status.state is State.FAILED and image.path.exists()):
+                _check_ready(image)
             yield image, self._catalog.save
 
     @contextmanager
@@ -208,13 +217,13 @@ class Images:
     def _job(self, wanted: Manifest, secrets: SecretSource, held: ExitStack, volumes: VolumeSource | None) -> _Job:
         """The operation that `wanted` asks for, its source held until `held` is closed."""
         spec = wanted.spec
+        keys = rules.keys(wanted, secrets)
         if spec.source_type == "download":
             return _Job("download", operations.download(spec.parameters["url"], spec.checksum))
         if spec.source_type == "upload":
             raise precondition(
                 f"{wanted.described} has no content yet", f"upload it: ebi image upload {wanted.name} FILE"
             )
-        keys = rules.keys(wanted, secrets)
         if volumes is not None and spec.source_type == EXPORT:
             return _Job("export", volume.export(volumes, wanted, keys.new))
         source = held.enter_context(self.held(spec.source))

@@ -101,9 +101,9 @@ class Target:
                     _write_exactly(self._direct, part[:whole], at)
                     part, at = part[whole:], at + whole
                 except OSError as error:
-                    if error.errno != errno.EINVAL:
+                    if error.errno not in (errno.EINVAL, errno.EACCES):
                         raise
-                    self._direct = -1  # this filesystem wants larger blocks
+                    self._direct = -1  # this filesystem wants larger blocks, or, as SMB, one descriptor for a lock
             _write_exactly(self._spec.fd, part, at)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -23,12 +23,13 @@ from plugin.images.target import PIECE, Target, TargetSpec
 
 _PR_SET_PDEATHSIG = 1
 _LONGEST = 1 << 20  # bytes of a message
-_TOLD = 1  # exit status of a worker whose last message says why
-_BROKEN = 70
+# Exit statuses: of a worker whose last message says why, and of one that did not get so far; not Python's own, 1.
+_TOLD, _BROKEN = 71, 70
 
 
 def main() -> int:
     """Have as many workers as the job says, and wait for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # one that ignores it, which is inherited, can't wait for children
     job = json.load(sys.stdin.buffer)
     if not _following(job["parent"]):
         return _TOLD
@@ -86,7 +87,7 @@ def _work(job: Mapping[str, Any], shared: socket.socket) -> None:
 def _tell(shared: socket.socket, value: Mapping[str, object]) -> None:
     try:
         shared.send(json.dumps(value).encode())
-    except BrokenPipeError:
+    except (BrokenPipeError, ConnectionResetError):
         return  # nobody waits for it any more
 
 

@@ -3,7 +3,7 @@
 import json
 
 from plugin.errors import exists, invalid, out_of_range, precondition
-from plugin.images import BackingImage
+from plugin.images import BackingImage, State
 from plugin.volumes import tables
 from plugin.volumes.parameters import VolumeParameters
 from plugin.volumes.record import Volume
@@ -26,7 +26,9 @@ def same(
     return found
 
 
-def capacity(wanted: VolumeParameters, image: BackingImage | None, *, asked: int, limit: int, block: bool) -> int:
+def capacity(
+    wanted: VolumeParameters, image: BackingImage | None, *, asked: int, limit: int, block: bool, fs_type: str = ""
+) -> int:
     """Bytes that the volume shall have. Raises OUT_OF_RANGE, and for the image as `check_image` does."""
     if image is not None:
         check_image(image, wanted)
@@ -41,7 +43,7 @@ def capacity(wanted: VolumeParameters, image: BackingImage | None, *, asked: int
             f" {image.name} has {image.virtual_size}",
             f"ask for at least {image.virtual_size} bytes",
         )
-    if image is None and not block and wanted.fs_type == "xfs" and found < _XFS_LEAST:
+    if image is None and not block and (fs_type or wanted.fs_type) == "xfs" and found < _XFS_LEAST:
         raise out_of_range(f"{found} bytes are too few for xfs", f"ask for at least {_XFS_LEAST}, or for ext4")
     return found
 
@@ -49,7 +51,13 @@ def capacity(wanted: VolumeParameters, image: BackingImage | None, *, asked: int
 def check_image(image: BackingImage, wanted: VolumeParameters) -> None:
     """Raise PRECONDITION for an image that is not ready, INVALID for one that the volume can't start from."""
     if not image.ready:
-        raise precondition(f"backing image {image.name} is not ready", "wait until it is; see ebi get backingimages")
+        why = image.status.message if image.status.state in (State.FAILED, State.UNKNOWN) else ""
+        raise precondition(
+            f"backing image {image.name} is not ready, but {image.status.state}",
+            why or "wait until it is; see ebi get backingimages",
+        )
+    if not image.path.exists():
+        raise precondition(f"the file of backing image {image.name} is missing", "delete it and make it again")
     if image.encrypted != wanted.encrypted:
         have, ask = ("encrypted", "not encrypted") if image.encrypted else ("not encrypted", "encrypted")
         raise invalid(

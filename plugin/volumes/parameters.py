@@ -15,6 +15,8 @@ from plugin.volumes.capability import FILESYSTEMS
 _NO_EFFECT_NAMES = """
     numberOfReplicas staleReplicaTimeout fromBackup dataLocality nodeSelector diskSelector recurringJobSelector
     backingImageMinNumberOfCopies backingImageNodeSelector backingImageDiskSelector
+    backupTargetName dataEngine disableRevisionCounter unmapMarkSnapChainRemoved replicaAutoBalance
+    replicaSoftAntiAffinity replicaZoneSoftAntiAffinity replicaDiskSoftAntiAffinity freezeFilesystemForSnapshot
 """
 _NO_EFFECT = frozenset(_NO_EFFECT_NAMES.split())
 _DISCARD = "discard"

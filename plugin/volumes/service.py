@@ -41,6 +41,7 @@ class Volumes:
         self._node = Node(self._records, images, settings)
         self.disks = Disks(self._node)
         self._on_demand = OnDemand(images, self.disks)
+        images.users = self.using
 
     def create(
         self,
@@ -50,11 +51,13 @@ class Volumes:
         *,
         limit: int = 0,
         block: bool = False,
+        fs_type: str = "",
         target: str = "",
     ) -> Volume:
         """Make the volume `name` of at least `capacity` bytes (0: a default), at most `limit` (0: no bound).
 
-        Its space is reserved on the disk at once. `target` is that of an inline volume. The same call again returns
+        Its space is reserved on the disk at once. It is for raw `block` use, or for a filesystem of the type `fs_type`,
+        where that is known. `target` is that of an inline volume. The same call again returns
         the same volume. Raises EXISTS for another one of that name, INVALID, NOT_FOUND and PRECONDITION about the
         image, UNAVAILABLE while that is being made, OUT_OF_RANGE, EXHAUSTED.
         """
@@ -68,7 +71,7 @@ class Volumes:
                 return fit.same(found, wanted, name=name, capacity=capacity, limit=limit, target=target)
             try:
                 with self._images.held(wanted.image) if wanted.image else nullcontext() as image:
-                    size = fit.capacity(wanted, image, asked=capacity, limit=limit, block=block)
+                    size = fit.capacity(wanted, image, asked=capacity, limit=limit, block=block, fs_type=fs_type)
                     record = self._described(name, size, wanted, image)
                     return self._make(replace(record, ephemeral=target))
             except BaseException:

@@ -1,6 +1,7 @@
 """`ebi doctor` on a data directory that has seen better days; what is wrong with devices is in tests/kernel."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +160,7 @@ def test_missing_files_are_told(doctor: Doctor, image: BackingImage) -> None:
     volumes[0].path.unlink()
     with volumes[1].path.open("r+b") as file:
         file.truncate(4096)
-    doctor.store.images.delete("locked")
+    shutil.rmtree(image.directory)
     golden = doctor.store.images.get("golden")
     golden.path.unlink()
     wrong = {

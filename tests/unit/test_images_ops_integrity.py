@@ -8,7 +8,8 @@ import pytest
 
 from plugin.errors import EbiError, Kind
 from plugin.host.files import Extent
-from plugin.images import BackingImage, extents, integrity, operations
+from plugin.images import BackingImage, engine, extents, headers, integrity, operations
+from plugin.images.disk import Disk
 from plugin.images.sums import Sum
 from plugin.settings import Settings
 from tests.unit.conftest import KIB, MIB, Store, clone, make_raw, manifest, sha512
@@ -108,6 +109,46 @@ def test_without_checksums_that_is_said(golden: Store) -> None:
     with pytest.raises(EbiError, match="there are no checksums of backing image golden"):
         verify(golden, "golden")
     assert golden.images.get("golden").ready
+
+
+def test_what_has_healed_is_ready_again(golden: Store) -> None:
+    image = golden.images.get("golden")
+    flip(image.path, 6 * MIB)
+    with pytest.raises(EbiError):
+        verify(golden, "golden")
+    flip(image.path, 6 * MIB)
+    assert verify(golden, "golden").ready
+    assert golden.images.get("golden").ready
+
+
+def test_a_header_is_restored_after_it_was_found_damaged(golden: Store) -> None:
+    path = golden.images.get("e").path
+    for at in range(0, 128 * KIB, 512):
+        flip(path, at)
+    with pytest.raises(EbiError, match="LUKS2 header"):
+        verify(golden, "e")
+    assert "ebi image verify e" in headers.restore(golden.images, "e").status.message
+    assert verify(golden, "e").ready
+
+
+def test_a_failed_image_with_users_is_not_made_again(golden: Store) -> None:
+    image = golden.images.get("golden")
+    golden.images.users = lambda _: ["vol"]
+    flip(image.path, 6 * MIB)
+    with pytest.raises(EbiError):
+        verify(golden, "golden")
+    again = manifest("golden", "download", url=(golden.work / "raw").as_uri())
+    with pytest.raises(EbiError, match="cannot make backing image golden again since there are volumes using it: vol"):
+        golden.apply(again)
+    assert image.path.exists() and golden.images.get("golden").uuid == image.uuid
+
+
+def test_pieces_that_lie_across_a_boundary_are_read_as_they_were_written(golden: Store) -> None:
+    """Those of an exported qcow2 do: its tables come first."""
+    pieces = [Extent(320 * KIB + at, 4 * MIB) for at in (0, 4 * MIB)] + [Extent(9 * MIB, 128 * KIB)]
+    with golden.images.get("golden").path.open("rb") as file:
+        found = engine.copy(Disk(file.fileno(), 12 * MIB), None, pieces, workers=2)
+    assert [item.extent for item in found] == pieces
 
 
 def test_a_failed_image_is_made_again(golden: Store) -> None:

@@ -57,6 +57,8 @@ class TestCreate:
         with pytest.raises(EbiError, match="too few for xfs") as refused:
             volumes.create("pvc-1", 100 * MIB, {"fsType": "xfs"})
         assert kind(refused) is Kind.OUT_OF_RANGE
+        with pytest.raises(EbiError, match="too few for xfs"):
+            volumes.create("pvc-1", 100 * MIB, {"fsType": "ext4"}, fs_type="xfs")
 
     def test_absent_image_is_not_found(self, volumes: Volumes) -> None:
         with pytest.raises(EbiError) as refused:
