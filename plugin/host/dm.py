@@ -36,6 +36,11 @@ class Mapper:
     holders: frozenset[str]
 
     @property
+    def is_ours(self) -> bool:
+        """Whether it can be one of ours, by its UUID: LVM names mappers as it likes."""
+        return self.uuid.startswith((UUID_PREFIX, "CRYPT-LUKS2-"))
+
+    @property
     def path(self) -> Path:
         """Its device node."""
         return path(self.name)

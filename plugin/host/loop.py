@@ -157,7 +157,7 @@ def backing(kernel_name: str) -> Backing | None:
         os.close(loop)
     device, inode, _, offset, _, _, _, _, flags, _, _ = _INFO.unpack(answer)
     try:
-        path = (_SYSFS / kernel_name / "loop/backing_file").read_text().removesuffix("\n")
+        path = (_SYSFS / kernel_name / "loop/backing_file").read_text(errors="surrogateescape").removesuffix("\n")
     except OSError:  # it went in between
         return None
     return Backing(device, inode, offset, path, bool(flags & _DIRECT_IO))
@@ -180,7 +180,7 @@ def below(directory: Path) -> dict[str, str]:
     found = {}
     for entry in _SYSFS.glob("loop*/loop/backing_file"):
         try:
-            path = entry.read_text().removesuffix("\n")
+            path = entry.read_text(errors="surrogateescape").removesuffix("\n")
         except OSError:
             continue
         if Path(path).is_relative_to(directory):

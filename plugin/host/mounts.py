@@ -52,7 +52,7 @@ class Mount:
 
 def table(text: str | None = None) -> list[Mount]:
     """Every mount that this process sees, a later one over an earlier one; or those in the mountinfo `text`."""
-    lines = (Path("/proc/self/mountinfo").read_text() if text is None else text).splitlines()
+    lines = (Path("/proc/self/mountinfo").read_text(errors="surrogateescape") if text is None else text).split("\n")
     return [_parse(line) for line in lines if line]
 
 
@@ -135,13 +135,15 @@ def unmount(target: Path) -> bool:
     """Unmount what is mounted at `target`, all of it; False if nothing was. Raises PRECONDITION while it is in use."""
     done = False
     where = canonical(target)
-    while at(where) is not None:
+    while (found := at(where)) is not None:
         if _LIBC.umount2(bytes(where), _UMOUNT_NOFOLLOW) != 0:
             code = ctypes.get_errno()
             if code == errno.EBUSY:
                 raise precondition(f"{target} is in use", "end the processes that have files open there; see fuser -vm")
-            if code not in (errno.EINVAL, errno.ENOENT):  # somebody else has just unmounted it
+            if code not in (errno.EINVAL, errno.ENOENT):
                 raise EbiError(f"cannot unmount {target}: {os.strerror(code)}")
+            if at(where) == found:  # else somebody has just unmounted it
+                raise precondition(f"{target} is hidden by another mount", "unmount what is mounted over it first")
         done = True
     return done
 

@@ -5,9 +5,9 @@ still has the same version of the file. A message tells a URL without its user, 
 """
 
 import logging
+import os
 import random
 import re
-import os
 import stat
 import threading
 from collections.abc import Callable, Iterator

@@ -118,6 +118,8 @@ def damaged(path: Path) -> list[str]:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         whole = {found[1][9] == 0 for found in _copies(fd)}
+    except OSError:  # none can be read
+        whole = set()
     finally:
         os.close(fd)
     return [name for name, first in (("primary", True), ("secondary", False)) if first not in whole]

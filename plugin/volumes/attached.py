@@ -103,7 +103,7 @@ class Attached:
     def finish(self, top: Path, capability: Capability) -> None:
         """Give a device that was begun its filesystem, on its uppermost device `top`, and say that it is formatted."""
         mark = self.marks.read(self.volume)
-        if mark is None or mark.done:
+        if mark is None or mark.done or not self.context.new:
             return
         if not capability.block:
             wanted = self.context.wanted
@@ -113,8 +113,9 @@ class Attached:
         self.marks.write(self.volume, replace(mark, done=True))
 
     def _may_format(self) -> bool:
+        """The context must say so each time: since this node has begun, another one may have formatted it."""
         mark = self.marks.read(self.volume)
-        return self.context.new if mark is None else not mark.done
+        return self.context.new and (mark is None or not mark.done)
 
     def _begin(self, keys: Keys, *, block: bool) -> None:
         take_down(names.mappers(self.volume))  # half made by one that was cut short

@@ -25,12 +25,17 @@ _FIX = "ebi doctor --fix removes it"
 def examine(node: Node) -> Iterator[Finding]:
     """Everything that is wrong, lowest cost of a repair first."""
     every = {mapper.kernel_name: mapper for mapper in dm.every()}
-    ours = [mapper for mapper in every.values() if mapper.name.startswith(udev.PREFIX)]
+    ours = [mapper for mapper in every.values() if mapper.name.startswith(udev.PREFIX) and mapper.is_ours]
     mappers = [mapper for mapper in ours if not _is_foreign(node, mapper, every)]
     volumes = {volume for mapper in mappers if (volume := names.volume_of(mapper.name))}
-    for volume in sorted(volumes):
+    for volume in sorted(filter(names.is_volume_id, volumes)):
         if not is_locked(node.records.directory(volume)):
-            yield from _of_volume(node, volume)
+            try:
+                yield from _of_volume(node, volume)
+            except OSError as error:  # it shall not keep the others from being looked at
+                yield Finding(
+                    "unreadable", f"volume {volume}", f"it can't be looked at: {error}", "see the kernel's log"
+                )
     for mapper in mappers:
         if mapper.name.startswith(names.IMAGE) and not mapper.holders and imagemap.is_idle(mapper.name):
             yield Finding(
@@ -84,8 +89,8 @@ def _why_useless(node: Node, volume: str, top: Mapper) -> tuple[str, bool]:
         return "", False  # the volume's own findings have it
     for layer in stack.layers:
         mapper = dm.find(layer.name)
-        if mapper is None:
-            return f"{layer.name} is gone", True
+        if mapper is None or mapper.size == 0:
+            return f"{layer.name} {'has never come into force' if mapper else 'is gone'}", True
         if not layer.fits(mapper):  # over a file that was deleted, perhaps: then this is all that is left of it
             return f"{layer.name} has the wrong device under it, or none", False
     return "", False

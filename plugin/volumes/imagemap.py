@@ -64,7 +64,7 @@ def opened(image: BackingImage, passphrase: bytes, *, check: bool) -> Iterator[N
 def release_idle() -> None:
     """Close every image that nothing stands on. One that somebody is about to use is left to him."""
     for mapper in list(dm.every(names.IMAGE)):
-        if mapper.holders:
+        if mapper.holders or not mapper.is_ours:
             continue
         files = [backing.path for slave in mapper.slaves if (backing := loop.backing(slave))]
         with _alone(Path(files[0]) if files else None, wait=False) as alone:

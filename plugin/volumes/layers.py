@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from plugin import events
-from plugin.errors import EbiError, unavailable
+from plugin.errors import EbiError, precondition, unavailable
 from plugin.host import blockdev, dm, loop
 from plugin.host.dm import Mapper
 from plugin.host.files import Extent
@@ -234,10 +234,15 @@ def readonly(volume: str) -> Linear:
     return Linear(names.readonly(volume), DeviceBacking(dm.path(names.top(volume))), readonly=True)
 
 
+def is_right(layer: Layer, mapper: Mapper | None) -> bool:
+    """Whether `mapper` is there, in force, and over the right devices. Without a size its table was only loaded."""
+    return mapper is not None and mapper.size > 0 and layer.fits(mapper)
+
+
 def ensure(layer: Layer) -> bool:
     """Have the layer's mapper there, right and running; True if it was made for that."""
     mapper = dm.find(layer.name)
-    if mapper is not None and layer.fits(mapper):
+    if mapper is not None and is_right(layer, mapper):
         if mapper.suspended:  # a resize was cut short
             dm.resume(layer.name)
         return False
@@ -247,13 +252,20 @@ def ensure(layer: Layer) -> bool:
 
 
 def _revalidate(store: Path) -> None:
-    """Have a store that dm-snapshot has given up taken again.
+    """Have a store that dm-snapshot has given up taken again. Raises PRECONDITION for one without its header.
+
+    dm-snapshot would take that for a new one, and begin it anew over the data.
 
     After an I/O error it marks the store invalid, since its origin goes on to change. Ours never does, so that every
     exception that was written is as good as before: what was lost is the write that failed, as on any other disk.
     """
     magic, valid = blockdev.read_words(store, 2)
-    if magic == _SNAPSHOT_MAGIC and not valid:
+    if magic != _SNAPSHOT_MAGIC:
+        raise precondition(
+            f"{store} has lost the header of its snapshot store",
+            "restore the volume from a backup; nothing was changed",
+        )
+    if not valid:
         log.warning("%s was given up after an I/O error; it is taken into use again", store)
         blockdev.write(store, _VALID_AT, (1).to_bytes(4, "little"))
 

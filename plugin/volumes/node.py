@@ -14,6 +14,7 @@ from plugin.errors import EbiError, exists, not_found, out_of_range, preconditio
 from plugin.host import blockdev, dm, mounts
 from plugin.host.lock import locked
 from plugin.images import BackingImage, Images
+from plugin.luks import header
 from plugin.settings import Settings
 from plugin.volumes import assemble, attached, filesystem, group, layers, names, parameters, paths, usage
 from plugin.volumes.assemble import Keys
@@ -139,8 +140,15 @@ class Node:
     def _reserve_again(self, record: Volume) -> None:
         if not record.path.exists():
             raise precondition(f"the file of {record.described} is missing", f"it was {record.path}")
-        wanted = not parameters.flags(record.parameters).discards
-        if not wanted or record.is_reserved or dm.find(names.top(record.id)):  # staged elsewhere, so it was looked at
+        if dm.find(names.top(record.id)):  # staged elsewhere, so it was looked at
+            return
+        size = record.path.stat().st_size
+        if size < record.file_size:
+            raise precondition(
+                f"the file of {record.described} has {size} bytes, not {record.file_size}: data is lost",
+                "restore it from a backup, or delete the volume",
+            )
+        if parameters.flags(record.parameters).discards or record.is_reserved:
             return
         # Somebody has punched holes, through the raw device or from outside. The data is whole all the same.
         log.warning("%s has lost blocks that were reserved for it", record.described)
@@ -222,7 +230,7 @@ class Node:
                     "ControllerExpandVolume comes first",
                 )
             stack = self.stack(volume)
-            wanted = record.capacity if record is not None else capacity
+            wanted = record.capacity if record is not None else self._attached_size(volume, mapper, capacity)
             writable = next((mount for mount in usage.filesystems(volume) if not mount.readonly), None)
             with events.step("grow"):
                 stack.grow(wanted)
@@ -230,7 +238,14 @@ class Node:
                     layers.readonly(volume).grow()
                 if writable is not None:
                     filesystem.grow(mapper.path, writable.fs_type, writable.target)
-            return wanted or blockdev.size(mapper.path)
+            return max(wanted, capacity) or blockdev.size(mapper.path)
+
+    def _attached_size(self, volume: str, mapper: dm.Mapper, capacity: int) -> int:
+        """Bytes of the mapper of an attached device of `capacity` bytes: a LUKS2 header takes its part."""
+        device = self._device(volume)
+        if device is None or not mapper.uuid.startswith("CRYPT-"):
+            return capacity
+        return max(0, capacity - header.read(device).payload_offset)
 
     def stack(self, volume: str) -> Stack:
         """The volume's stack, for looking at it and growing it; it holds no secret. Raises NOT_FOUND."""

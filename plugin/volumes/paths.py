@@ -4,6 +4,8 @@ What was checked is used by descriptors that follow no link on the whole way (op
 is replaced meanwhile leads nowhere.
 """
 
+import errno
+import logging
 import os
 import stat
 from pathlib import Path
@@ -12,6 +14,8 @@ from plugin.errors import EbiError, invalid
 from plugin.host import mounts
 from plugin.settings import Settings
 from plugin.volumes import names
+
+log = logging.getLogger(__name__)
 
 
 def checked(path: Path, what: str, root: str = "") -> Path:
@@ -72,17 +76,24 @@ def make_target(target: Path, *, block: bool) -> bool:
 
 
 def remove_target(target: Path) -> None:
-    """Remove what `make_target` made, if it is there and empty."""
+    """Remove what `make_target` made, if it is there and empty: what holds anything was not made by us."""
     if not target.parent.is_dir():
         return
     with mounts.opened(target.parent) as parent:
         try:
-            if stat.S_ISDIR(os.stat(target.name, dir_fd=parent, follow_symlinks=False).st_mode):
+            found = os.stat(target.name, dir_fd=parent, follow_symlinks=False)
+            if stat.S_ISDIR(found.st_mode):
                 os.rmdir(target.name, dir_fd=parent)
-            else:
+            elif stat.S_ISREG(found.st_mode) and found.st_size == 0:
                 os.unlink(target.name, dir_fd=parent)
+            else:
+                log.warning("%s is left as it is: no target that was made here", target)
         except FileNotFoundError:
             pass
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            log.warning("%s is left as it is: it is not empty", target)
 
 
 def _bad(path: Path, what: str, why: str) -> EbiError:

@@ -149,14 +149,14 @@ class Records:
         return self.root / volume
 
     def find(self, volume: str) -> Volume | None:
-        """The volume with this id, if there is one. Raises INTERNAL where its record is damaged."""
+        """The volume with this id, if there is one. Raises INTERNAL where its record can't be read."""
         if not names.is_volume_id(volume):
             return None
         directory = self.directory(volume)
         try:
             value = read_json(directory / RECORD)
             return Volume.from_json(value, directory) if value is not None else None
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OSError):
             raise EbiError(
                 f"the record of volume {volume} is damaged",
                 hint=f"put {directory / RECORD} back from a backup, or delete the volume",

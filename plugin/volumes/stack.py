@@ -9,7 +9,7 @@ from plugin import events
 from plugin.errors import EbiError, unavailable
 from plugin.host import dm
 from plugin.volumes import imagemap
-from plugin.volumes.layers import Base, Crypt, Layer, Linear, Snapshot, ensure
+from plugin.volumes.layers import Base, Crypt, Layer, Linear, Snapshot, ensure, is_right
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Stack:
     def is_right(self) -> bool:
         """Whether every layer is there, over the right devices."""
         mappers = [dm.find(layer.name) for layer in self.layers]
-        return all(mapper and layer.fits(mapper) for layer, mapper in zip(self.layers, mappers, strict=True))
+        return all(is_right(layer, mapper) for layer, mapper in zip(self.layers, mappers, strict=True))
 
     @contextmanager
     def built(self) -> Iterator[None]:
@@ -51,8 +51,7 @@ class Stack:
     def _clear(self) -> None:
         """Remove the layers above one that is absent or wrong, and the wrong one: they stand on nothing."""
         for index, layer in enumerate(self.layers):
-            mapper = dm.find(layer.name)
-            if mapper is None or not layer.fits(mapper):
+            if not is_right(layer, dm.find(layer.name)):
                 above = [other.name for other in reversed(self.layers[index:]) if dm.find(other.name)]
                 if above:
                     log.warning("removing %s: what it stood on is gone", ", ".join(above))

@@ -198,3 +198,26 @@ class TestBlockDevice:
         with pytest.raises(EbiError, match="several kinds") as refused:
             blockdev.probe(file)
         assert refused.value.kind is Kind.PRECONDITION
+
+
+def test_a_mount_that_another_one_hides_is_not_waited_for(home: Path) -> None:
+    hidden = home / "above" / "hidden"
+    hidden.mkdir(parents=True)
+    for target in (hidden, hidden.parent):
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", target], check=True)
+    try:
+        with pytest.raises(EbiError, match="hidden by another mount"):
+            mounts.unmount(hidden)
+    finally:
+        mounts.unmount(hidden.parent)
+        mounts.unmount(hidden)
+
+
+def test_a_mount_of_any_name_is_read(home: Path) -> None:
+    target = Path(os.fsdecode(bytes(home) + b"/\xff"))
+    target.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", target], check=True)
+    try:
+        assert mounts.at(target) is not None
+    finally:
+        assert mounts.unmount(target)

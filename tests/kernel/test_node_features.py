@@ -324,6 +324,18 @@ class TestAttachedDevice:
             self.stage(machine, **context)
         assert not any(device.read_bytes())
 
+    def test_that_was_formatted_elsewhere_since_is_not_formatted_again(self, machine: Machine, device: Path) -> None:
+        killed_after("mkfs", lambda: self.stage(machine, **{"ebi/formatted": "false"}))
+        machine.volumes.unstage("pvc-1", machine.staging_of("pvc-1"))
+        by_hand = machine.home / "by-hand"
+        by_hand.mkdir()
+        subprocess.run(["mount", device, by_hand], check=True)
+        (by_hand / "file").write_text("from another node")
+        subprocess.run(["umount", by_hand], check=True)
+        staging = self.stage(machine, **{"ebi/formatted": "true"})
+        assert (staging / "file").read_text() == "from another node"
+        machine.volumes.unstage("pvc-1", staging)
+
     def test_that_holds_something_is_not_formatted(self, machine: Machine, device: Path) -> None:
         def refused(what: str) -> None:
             before = file_hash(device)

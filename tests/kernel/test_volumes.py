@@ -524,7 +524,10 @@ class TestAttachedDevice:
             (staging / "file").write_text("text")
             os.truncate(file, 128 * MIB)
             loop.set_capacity(device.name)
-            assert machine.volumes.node_expand("pvc-1", staging, 100 * MIB) >= 100 * MIB
+            with failure(Kind.UNAVAILABLE):
+                machine.volumes.node_expand("pvc-1", staging, 129 * MIB)
+            # All of the device: what its header takes is not to be had.
+            assert machine.volumes.node_expand("pvc-1", staging, 128 * MIB) == 128 * MIB
             assert os.statvfs(staging).f_blocks * os.statvfs(staging).f_frsize > 95 * MIB
             machine.volumes.unstage("pvc-1", staging)
         assert not list((machine.home / "volumes").iterdir())
@@ -536,6 +539,28 @@ class TestAttachedDevice:
         with loop.attached(file) as device, failure(Kind.PRECONDITION):
             self.stage(machine, device, encrypted=encrypted)
         assert not any(file.read_bytes())
+
+
+class TestLostData:
+    def test_a_store_without_its_header_is_not_begun_anew(self, machine: Machine, world: World) -> None:
+        volume = machine.create("vol", 32 * MIB, world.plain)
+        with machine.used("vol") as target:
+            (target / "file").write_text("data")
+        with volume.path.open("r+b") as file:
+            file.write(bytes(4096))
+        before = file_hash(volume.path)
+        with failure(Kind.PRECONDITION, "lost the header of its snapshot store"):
+            machine.stage("vol")
+        assert file_hash(volume.path) == before
+
+    def test_a_file_that_was_cut_short_is_not_filled_up(self, machine: Machine, world: World) -> None:
+        volume = machine.create("vol", 32 * MIB, world.encrypted)
+        with machine.used("vol"):
+            pass
+        os.truncate(volume.path, volume.file_size - MIB)
+        with failure(Kind.PRECONDITION, "data is lost"):
+            machine.stage("vol")
+        assert volume.path.stat().st_size == volume.file_size - MIB
 
 
 class TestOneOperationAtATime:

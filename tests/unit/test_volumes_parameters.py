@@ -231,6 +231,16 @@ class TestPaths:
             paths.remove_target(target)
             assert not target.exists()
 
+    def test_what_holds_anything_is_no_target_of_ours(self, tmp_path: Path) -> None:
+        file, directory, link = tmp_path / "file", tmp_path / "directory", tmp_path / "link"
+        file.write_text("somebody's")
+        directory.mkdir()
+        (directory / "inside").touch()
+        link.symlink_to(file)
+        for target in (file, directory, link):
+            paths.remove_target(target)
+        assert (file.read_text(), link.is_symlink(), (directory / "inside").exists()) == ("somebody's", True, True)
+
 
 @pytest.mark.parametrize(("behaviour", "expected"), [("panic", True), ("continue", False), ("remount-ro", False)])
 def test_a_filesystem_that_would_take_the_node_down_is_known(tmp_path: Path, behaviour: str, expected: bool) -> None:
