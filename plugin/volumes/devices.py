@@ -4,7 +4,8 @@ Read from sysfs, device-mapper and mountinfo. What somebody works on now, whose 
 belongs to another data directory. A repair takes the volume's lock and looks again before it touches anything.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from plugin.findings import Finding
 from plugin.host import dm, loop, mounts, udev
 from plugin.host.dm import Mapper
 from plugin.host.lock import is_locked
+from plugin.host.loop import Backing
 from plugin.host.mounts import Mount
 from plugin.volumes import imagemap, names, usage
 from plugin.volumes.node import Node
@@ -26,7 +28,8 @@ def examine(node: Node) -> Iterator[Finding]:
     """Everything that is wrong, lowest cost of a repair first."""
     every = {mapper.kernel_name: mapper for mapper in dm.every()}
     ours = [mapper for mapper in every.values() if mapper.name.startswith(udev.PREFIX) and mapper.is_ours]
-    mappers = [mapper for mapper in ours if not _is_foreign(node, mapper, every)]
+    kept = set(_kept(node))
+    mappers = [mapper for mapper in ours if not _is_foreign(node, mapper, every, kept)]
     volumes = {volume for mapper in mappers if (volume := names.volume_of(mapper.name))}
     for volume in sorted(filter(names.is_volume_id, volumes)):
         if not is_locked(node.records.directory(volume)):
@@ -133,18 +136,34 @@ def _resume(volume: str) -> None:
             dm.resume(name)
 
 
-def _is_foreign(node: Node, mapper: Mapper, every: Mapping[str, Mapper]) -> bool:
-    """Whether `mapper` stands on files, and none of them is kept in our data directory."""
+def _kept(node: Node) -> Iterator[tuple[int, int]]:
+    """Device and inode of every file of ours that a loop may be over."""
+    for path in [*(record.path for record in node.records.every()), *imagemap.known(node.images.list())]:
+        with suppress(FileNotFoundError):
+            found = path.stat()
+            yield found.st_dev, found.st_ino
+
+
+def _is_foreign(node: Node, mapper: Mapper, every: Mapping[str, Mapper], kept: Container[tuple[int, int]]) -> bool:
+    """Whether `mapper` stands on files, and none of them is kept in our data directory.
+
+    A loop that was made in another mount namespace tells its path as that saw it: the file itself decides, and the
+    path only about one that is gone.
+    """
     files = list(_files(mapper, every))
-    return bool(files) and not any(path.is_relative_to(root) for path in files for root in node.roots)
+    roots = node.roots
+    return bool(files) and not any(
+        (file.device, file.inode) in kept or any(Path(file.path).is_relative_to(root) for root in roots)
+        for file in files
+    )
 
 
-def _files(mapper: Mapper, every: Mapping[str, Mapper]) -> Iterator[Path]:
+def _files(mapper: Mapper, every: Mapping[str, Mapper]) -> Iterator[Backing]:
     for slave in mapper.slaves:
         if slave in every:
             yield from _files(every[slave], every)
         elif backing := loop.backing(slave):
-            yield Path(backing.path)
+            yield backing
 
 
 def _stale_mounts() -> Iterator[Finding]:

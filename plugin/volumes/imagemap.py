@@ -10,12 +10,13 @@ import hashlib
 import hmac
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from plugin.errors import EbiError
 from plugin.host import dm, loop
+from plugin.host.dm import Mapper
 from plugin.images import BackingImage
 from plugin.luks import header, mapping
 from plugin.volumes import names
@@ -27,6 +28,22 @@ log = logging.getLogger(__name__)
 _HEADER = 16 << 10
 _digest_key = os.urandom(32)
 _opened_by: dict[str, bytes] = {}
+# The files of images by their mappers' names: what a loop tells of its file is how its maker saw it.
+_paths: dict[str, Path] = {}
+
+
+def known(images: Iterable[BackingImage]) -> list[Path]:
+    """The files that the devices of `images` are over. From now on they are looked for there."""
+    found = {names.image(image.uuid): image.disk for image in images}
+    _paths.update(found)
+    return [*found.values()]
+
+
+def _file(mapper: Mapper) -> Path | None:
+    if mapper.name in _paths:
+        return _paths[mapper.name]
+    files = [backing.path for slave in mapper.slaves if (backing := loop.backing(slave))]
+    return Path(files[0]) if files else None
 
 
 @contextmanager
@@ -47,6 +64,7 @@ def opened(image: BackingImage, passphrase: bytes, *, check: bool) -> Iterator[N
         if image.encrypted
         else Linear(name, backing, size=image.virtual_size, readonly=True)
     )
+    known([image])
     try:
         with _alone(image.disk):
             digest = _digest(image.disk, passphrase) if image.encrypted else b""
@@ -66,8 +84,7 @@ def release_idle() -> None:
     for mapper in list(dm.every(names.IMAGE)):
         if mapper.holders or not mapper.is_ours:
             continue
-        files = [backing.path for slave in mapper.slaves if (backing := loop.backing(slave))]
-        with _alone(Path(files[0]) if files else None, wait=False) as alone:
+        with _alone(_file(mapper), wait=False) as alone:
             now = dm.find(mapper.name)
             if not alone or now is None or now.holders:
                 continue
@@ -81,8 +98,8 @@ def release_idle() -> None:
 def is_idle(name: str) -> bool:
     """Whether nothing stands on the image's mapper `name`, and nobody is about to put something there."""
     mapper = dm.find(name)
-    files = [backing.path for slave in mapper.slaves if (backing := loop.backing(slave))] if mapper else []
-    return mapper is not None and not mapper.holders and not any(is_locked(Path(file)) for file in files)
+    file = _file(mapper) if mapper else None
+    return mapper is not None and not mapper.holders and not (file and is_locked(file))
 
 
 def is_locked(path: Path) -> bool:

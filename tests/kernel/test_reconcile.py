@@ -10,7 +10,7 @@ import pytest
 
 from plugin.cli import main
 from plugin.errors import EbiError, Kind
-from plugin.host import dm, loop, mounts, udev
+from plugin.host import blockdev, dm, loop, mounts, udev
 from tests.kernel.conftest import leftovers
 from tests.kernel.world import MIB, Machine, World, tree_hash
 
@@ -103,6 +103,23 @@ class TestDoctor:
             dm.suspend("ebi-vol-vol")
             assert doctor("--fix") == (0, {("suspended", "volume vol", "repaired")})
             assert tree_hash(target).items() >= world.files.items()
+
+    def test_knows_a_device_by_its_file_where_another_namespace_has_made_it(
+        self, machine: Machine, doctor: Doctor
+    ) -> None:
+        volume = machine.create("vol", 32 * MIB)
+        other = machine.home / "as the container sees it"
+        other.mkdir()
+        script = 'mount --bind "$1" "$2" && losetup --find --show "$2/vol/volume.img"'
+        command = ["unshare", "--mount", "sh", "-ec", script, "sh", volume.directory.parent, other]
+        device = subprocess.check_output(command, text=True).strip()
+        backing = loop.backing(Path(device).name)
+        assert backing and not Path(backing.path).exists(), "its namespace has gone, and the path with it"
+        dm.create("ebi-vol-vol", f"0 {32 * 2048} linear {blockdev.number(Path(device))} 0")
+        subprocess.run(["losetup", "--detach", device], check=True)  # goes with its mapper
+        dm.suspend("ebi-vol-vol")
+        assert doctor("--fix")[1] == {("suspended", "volume vol", "repaired")}
+        dm.remove("ebi-vol-vol")
 
     def test_frees_a_loop_that_nothing_stands_on(self, machine: Machine, doctor: Doctor) -> None:
         volume = machine.create("vol", 32 * MIB)
