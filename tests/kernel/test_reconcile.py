@@ -118,7 +118,7 @@ class TestDoctor:
         dm.create("ebi-vol-vol", f"0 {32 * 2048} linear {blockdev.number(Path(device))} 0")
         subprocess.run(["losetup", "--detach", device], check=True)  # goes with its mapper
         dm.suspend("ebi-vol-vol")
-        assert doctor("--fix")[1] == {("suspended", "volume vol", "repaired")}
+        assert ("suspended", "volume vol", "repaired") in doctor("--fix")[1]
         dm.remove("ebi-vol-vol")
 
     def test_frees_a_loop_that_nothing_stands_on(self, machine: Machine, doctor: Doctor) -> None:
