@@ -123,10 +123,8 @@ def punch(fd: int, run: Extent) -> None:
     try:
         _fallocate(fd, _KEEP_SIZE | _PUNCH_HOLE, run)
     except OSError as error:
-        if error.errno not in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-        ):  # it needs some itself; reserved and unwritten reads as zeros
+        # It may need some space itself. What was reserved and not written reads as zeros as it is.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
 
 

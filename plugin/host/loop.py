@@ -156,11 +156,18 @@ def backing(kernel_name: str) -> Backing | None:
     finally:
         os.close(loop)
     device, inode, _, offset, _, _, _, _, flags, _, _ = _INFO.unpack(answer)
-    try:
-        path = (_SYSFS / kernel_name / "loop/backing_file").read_text(errors="surrogateescape").removesuffix("\n")
-    except OSError:  # it went in between
+    path = _told(_SYSFS / kernel_name / "loop/backing_file")
+    if path is None:  # it went in between
         return None
     return Backing(device, inode, offset, path, bool(flags & _DIRECT_IO))
+
+
+def _told(entry: Path) -> str | None:
+    """The path in `entry`, a loop's backing_file; any bytes may be in it."""
+    try:
+        return entry.read_text(errors="surrogateescape").removesuffix("\n")
+    except OSError:
+        return None
 
 
 def is_over(kernel_name: str, path: Path) -> bool:
@@ -179,11 +186,8 @@ def below(directory: Path) -> dict[str, str]:
     """Every loop device over a file (deleted ones too) below `directory`: its kernel name, and that file's path."""
     found = {}
     for entry in _SYSFS.glob("loop*/loop/backing_file"):
-        try:
-            path = entry.read_text(errors="surrogateescape").removesuffix("\n")
-        except OSError:
-            continue
-        if Path(path).is_relative_to(directory):
+        path = _told(entry)
+        if path is not None and Path(path).is_relative_to(directory):
             found[entry.parts[-3]] = path
     return found
 

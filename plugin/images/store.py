@@ -127,17 +127,18 @@ class Images:
         Raises NOT_FOUND, PRECONDITION where volumes start from it, and BUSY where it is in use, or its maker did not
         stop within some seconds.
         """
-        image = self.get(name)
+        image, doing = self.get(name), f"delete backing image {name}"
+        self._check_unused(name, doing)  # what is refused is not stopped
         if image.status.state in WORKING:
             _cancel(image)
         with self._locked(name):
-            self._check_unused(name, f"delete backing image {name}")
+            self._check_unused(name, doing)
             left = self._catalog.get(name)
             if left is not None:
                 self._catalog.remove(left)
 
     def _check_unused(self, name: str, doing: str) -> None:
-        """Under the image's lock, under which volumes are made of it too."""
+        """Raise PRECONDITION for an image with users; none comes to it while its lock is held."""
         if users := self.users(name):
             raise precondition(
                 f"cannot {doing} since there are volumes using it: {', '.join(sorted(users))}", "delete those first"

@@ -87,12 +87,16 @@ def test_a_short_or_absent_file_is_damage_too(golden: Store) -> None:
         assert golden.images.get(name).status.state == "failed"
 
 
-def test_a_header_damaged_in_both_copies_is_named(golden: Store) -> None:
+def find_both_headers_damaged(golden: Store) -> None:
     path = golden.images.get("e").path
     for at in range(0, 128 * KIB, 512):
         flip(path, at)
     with pytest.raises(EbiError, match="LUKS2 header"):
         verify(golden, "e")
+
+
+def test_a_header_damaged_in_both_copies_is_named(golden: Store) -> None:
+    find_both_headers_damaged(golden)
 
 
 def test_a_sha512_that_was_asked_for_is_compared(golden: Store) -> None:
@@ -122,11 +126,7 @@ def test_what_has_healed_is_ready_again(golden: Store) -> None:
 
 
 def test_a_header_is_restored_after_it_was_found_damaged(golden: Store) -> None:
-    path = golden.images.get("e").path
-    for at in range(0, 128 * KIB, 512):
-        flip(path, at)
-    with pytest.raises(EbiError, match="LUKS2 header"):
-        verify(golden, "e")
+    find_both_headers_damaged(golden)
     assert "ebi image verify e" in headers.restore(golden.images, "e").status.message
     assert verify(golden, "e").ready
 
