@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -217,6 +218,32 @@ def test_a_filesystem_may_be_unable_to_reserve_space(golden: Store, monkeypatch:
     golden.apply(clone("e", "golden", "encrypt"))
     golden.apply(clone("d", "e", "decrypt"))
     assert sha512(golden.images.get("d").path) == sha512(golden.work / "raw")
+
+
+def test_space_is_reserved_before_the_work_and_what_is_zeros_given_back(
+    golden: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    golden.apply(clone("dense", "golden", "encrypt", sparse="false"))
+    reserved, copy = 0, engine.copy
+
+    def watched(source: Disk, target: TargetSpec, *rest: Any, **named: Any) -> list[Sum]:
+        nonlocal reserved
+        reserved = os.fstat(target.fd).st_blocks * 512
+        return copy(source, target, *rest, **named)
+
+    monkeypatch.setattr(engine, "copy", watched)
+    made = golden.apply(clone("d", "dense", "decrypt"))
+    assert reserved == 8 * MIB
+    assert made.path.stat().st_blocks * 512 == 4 * MIB
+
+
+def test_workers_take_no_module_from_where_the_caller_is(golden: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = golden.work / "place"
+    place.mkdir()
+    for name in ("json", "socket", "plugin"):
+        (place / f"{name}.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(place)
+    assert golden.apply(clone("e", "golden", "encrypt")).ready
 
 
 def test_more_pieces_than_the_socket_holds(tmp_path: Path) -> None:
