@@ -24,7 +24,7 @@ HOW = [
     "Key derivation: *default* is a Secret without CRYPTO_PBKDF_*: argon2i at our fixed cost, with no benchmark run."
     " *forced* is one with CRYPTO_PBKDF_FORCE_ITERATIONS=4 and CRYPTO_PBKDF_MEMORY=65536.",
     "*Longhorn's way, no cipher*: losetup, luksFormat, a passphrase tested, dd with 4096 bytes at a time into the loop"
-    " device, and fsync. The whole goes through dm-crypt, and takes longer; the suite `longhorn` has that, emulated.",
+    " device, and fsync. The whole goes through dm-crypt, and takes longer; the suite `longhorn` measures that.",
     "Memory is the proportional set size of all our processes at one moment, those of cryptsetup, which derive the"
     " keys, apart.",
 ]
