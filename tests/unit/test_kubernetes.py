@@ -188,12 +188,12 @@ class TestPod:
 class TestSelfRegistered:
     """The variant without two of the sidecars: a patch, of which kustomize is not here to make a whole."""
 
-    PATCH = yaml.safe_load((MANIFESTS / "self-registered/daemonset-patch.yaml").read_text())
+    PATCH = yaml.safe_load((DEPLOY / "self-registered/daemonset-patch.yaml").read_text())
     SPEC = PATCH["spec"]["template"]["spec"]
 
     def test_patches_what_there_is(self) -> None:
-        kustomization = yaml.safe_load((MANIFESTS / "self-registered/kustomization.yaml").read_text())
-        assert kustomization["resources"] == [".."]
+        kustomization = yaml.safe_load((DEPLOY / "self-registered/kustomization.yaml").read_text())
+        assert kustomization["resources"] == ["../kubernetes"]  # it refuses a base that it lies in
         assert kustomization["patches"] == [{"path": "daemonset-patch.yaml"}]
         assert self.PATCH["metadata"].items() <= the("DaemonSet")["metadata"].items()
         gone = [one["name"] for one in self.SPEC["containers"] if one.get("$patch") == "delete"]
