@@ -158,6 +158,10 @@ class TestPod:
         assert POD["hostNetwork"]
         assert POD["hostIPC"], "libdevmapper would wait for a semaphore that the host's udevd can't see"
 
+    def test_an_inline_volume_is_staged_also_for_the_next_pod(self) -> None:
+        # Else its publish alone would be left, which looks like a stage that nobody uses.
+        assert mounts(OURS)["data"]["mountPropagation"] == "Bidirectional"
+
     def test_the_data_directory_is_made_private(self, settings: Settings) -> None:
         (first,) = POD["initContainers"]
         assert first["command"] == ["chmod", "0700", str(settings.data_dir)]
