@@ -1,5 +1,6 @@
 # The node's container: `ebi serve`. Run it privileged, with the host's /dev, /run/udev and /sys, its network namespace
-# (uevents reach only that one), and /var/lib/kubelet with bidirectional mount propagation.
+# (uevents reach only that one) and its IPC namespace (udevd's semaphores are there), and with /var/lib/kubelet and
+# /var/lib/ebi by bidirectional mount propagation. deploy/kubernetes does so.
 FROM python:3.11-slim-bookworm AS builder
 WORKDIR /src
 COPY requirements/build.lock requirements/run.lock requirements/
