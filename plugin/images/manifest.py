@@ -64,6 +64,16 @@ class Spec:
         """Whether holes stay holes."""
         return self.parameters.get("sparse", "true") == "true"
 
+    @property
+    def completed(self) -> dict[str, str]:
+        """Its parameters, those that are left out or empty with their defaults: the same for the same image."""
+        defaults = {
+            "clone": {"encryption": "ignore", "sparse": "true"},
+            EXPORT: {"export-type": "raw", "sparse": "true"},
+        }
+        given = {key: value for key, value in self.parameters.items() if value}
+        return defaults.get(self.source_type, {}) | given
+
     def to_dict(self) -> dict[str, Any]:
         """As in the manifest."""
         return {

@@ -59,7 +59,7 @@ def unchanged(wanted: Manifest, image: BackingImage) -> Spec:
     other = []
     if new.source_type != old.source_type:
         other.append("sourceType")
-    if _completed(new) != _completed(old):
+    if new.completed != old.completed:
         other.append("sourceParameters")
     if new.source_type in ("download", "upload") and new.checksum and new.checksum != old.checksum:
         other.append("checksum")
@@ -124,12 +124,6 @@ def check_cipher(found: SecretParameters, owner: str) -> None:
     """Raises UNSUPPORTED where the payload writer does not know the cipher that `owner` shall have."""
     if not payload.supports(found.cipher, found.key_size):
         raise payload.refusal(found.cipher, found.key_size, owner)
-
-
-def _completed(spec: Spec) -> dict[str, str]:
-    """The parameters of `spec`, those that are left out with their defaults."""
-    defaults = {"clone": {"encryption": spec.encryption}, EXPORT: {"export-type": spec.export_type}}
-    return {**spec.parameters, **defaults.get(spec.source_type, {})}
 
 
 def _facts(manifest: Manifest, volumes: VolumeSource | None) -> VolumeFacts:

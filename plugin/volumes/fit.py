@@ -4,6 +4,7 @@ import json
 
 from plugin.errors import exists, invalid, out_of_range, precondition
 from plugin.images import BackingImage, State
+from plugin.images.manifest import Spec
 from plugin.volumes import tables
 from plugin.volumes.parameters import VolumeParameters
 from plugin.volumes.record import Volume
@@ -69,16 +70,12 @@ def check_image(image: BackingImage, wanted: VolumeParameters) -> None:
 
 def check_source(image: BackingImage, wanted: VolumeParameters) -> None:
     """Raise INVALID where the StorageClass says that the image comes from elsewhere."""
-    spec = image.to_object()["spec"]
-    other = (
-        (wanted.image_source_type and wanted.image_source_type != spec.get("sourceType"))
-        or (
-            wanted.image_source_parameters is not None
-            and dict(wanted.image_source_parameters) != dict(spec.get("sourceParameters") or {})
-        )
-        or (wanted.image_checksum and wanted.image_checksum != spec.get("checksum"))
-    )
-    if other:
+    spec, given = image.spec, wanted.image_source_parameters
+    source_type = wanted.image_source_type or spec.source_type
+    asked = Spec.from_dict({"sourceType": source_type, "sourceParameters": given})
+    other_parameters = given is not None and asked.completed != spec.completed
+    other_checksum = wanted.image_checksum and wanted.image_checksum != spec.checksum
+    if source_type != spec.source_type or other_parameters or other_checksum:
         raise invalid(
             f"existing backing image {image.name} data source is different from the parameters in the creation"
             " request or StorageClass",

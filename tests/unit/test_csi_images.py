@@ -144,6 +144,15 @@ def test_an_image_from_elsewhere_is_not_taken_for_it(node: Node, server: Server,
         assert "existing backing image golden data source is different" in error.details()
 
 
+def test_the_same_source_in_other_words_is_the_same(node: Node, server: Server) -> None:
+    server.open.set()
+    created(node, server.source())
+    parameters = server.source()
+    url = json.loads(parameters["backingImageDataSourceParameters"])["url"]
+    parameters["backingImageDataSourceParameters"] = json.dumps({"url": f" {url}\n"})
+    assert node.create("pvc-2", 16 * MIB, parameters=parameters).volume_id == "pvc-2"
+
+
 def test_a_plain_image_is_no_image_for_an_encrypted_class(node: Node, server: Server) -> None:
     server.open.set()
     with pytest.raises(Exception, match="the backing image golden is not encrypted"):

@@ -188,6 +188,13 @@ class TestDetached:
         given["backingImageDataSourceParameters"] = '{"volume-name": "vol", "export-type": "raw"}'
         assert _when_ready(lambda: node.volumes.create("second", CAPACITY, given)).image == "copy"
         assert node.store.images.get("copy").path.read_bytes() == _shown(node.store.work / "raw", written)
+        given["backingImageDataSourceParameters"] = (
+            '{"volume-name": " vol ", "sparse": "true"}'  # the same, left to defaults
+        )
+        assert node.volumes.create("third", CAPACITY, given).image == "copy"
+        given["backingImageDataSourceParameters"] = '{"volume-name": "vol", "sparse": "false"}'
+        with pytest.raises(EbiError, match="data source is different"):
+            node.volumes.create("fourth", CAPACITY, given)
 
 
 def _when_ready(create: Callable[[], Volume]) -> Volume:
