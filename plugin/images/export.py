@@ -44,6 +44,7 @@ def export(
         raise _taken(file)
     _sweep(file)
     with images.ready(name) as image:
+        image.check_file()
         todo = _chosen(image, form, secret, dense=dense, decrypt=decrypt)
         partial = file.with_name(f".{file.name}.{os.getpid()}-{os.urandom(4).hex()}.partial")
         try:

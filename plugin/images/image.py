@@ -146,11 +146,17 @@ class BackingImage:
         """
         if self.encrypted and (kept := extents.load(self.map_path, self.virtual_size)) is not None:
             return kept
-        try:
-            with formats.opened(self.path, self.status.format) as source:
-                return list(extents.normalised(source.extents(), self.virtual_size))
-        except FileNotFoundError as error:
-            raise precondition(f"the file of {self.described} is missing", f"it was {self.path}") from error
+        self.check_file()
+        with formats.opened(self.path, self.status.format) as source:
+            return list(extents.normalised(source.extents(), self.virtual_size))
+
+    def check_file(self) -> None:
+        """Raise PRECONDITION where its file is missing."""
+        if not self.path.exists():
+            raise precondition(
+                f"the file of {self.described} is missing: {self.path}",
+                "put it back, or delete the image and make it again",
+            )
 
     def changed(self, **changes: Any) -> "BackingImage":
         """This image with another status; a new state is given its time."""

@@ -162,6 +162,7 @@ def _source(manifest: Manifest, find: Callable[[str], BackingImage | None]) -> B
             f"cannot clone {source.described} as {manifest.name}: it is {source.status.state}, not ready",
             source.status.message,
         )
+    source.check_file()
     if source.encrypted and source.status.format is not Format.LUKS:
         raise precondition(f"{source.described} is encrypted, but its file is not", "delete it")
     return source

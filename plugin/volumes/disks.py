@@ -66,15 +66,19 @@ class Disks:
                 f"{record.described} can't be exported: it was never staged, so it holds nothing yet",
                 "clone its backing image" if record.image else "stage it first",
             )
+        record.check_file()
         return record
 
     def _image(self, record: Volume) -> BackingImage | None:
         try:
-            return self._node.image(record)
+            image = self._node.image(record)
         except EbiError as error:
             if error.kind is not Kind.NOT_FOUND:
                 raise
             raise precondition(f"{record.described} can't be read: {error.message}", error.hint) from error
+        if image is not None:
+            image.check_file()
+        return image
 
     def _capture(self, record: Volume, file: Path, work: Work) -> None:
         """Have `file` be the volume's file as it is at one instant."""

@@ -57,8 +57,7 @@ def check_image(image: BackingImage, wanted: VolumeParameters) -> None:
             f"backing image {image.name} is not ready, but {image.status.state}",
             why or "wait until it is; see ebi get backingimages",
         )
-    if not image.path.exists():
-        raise precondition(f"the file of backing image {image.name} is missing", "delete it and make it again")
+    image.check_file()
     if image.encrypted != wanted.encrypted:
         have, ask = ("encrypted", "not encrypted") if image.encrypted else ("not encrypted", "encrypted")
         raise invalid(

@@ -138,16 +138,9 @@ class Node:
                 self._mount(record.id, staging, wanted, capability.options)
 
     def _reserve_again(self, record: Volume) -> None:
-        if not record.path.exists():
-            raise precondition(f"the file of {record.described} is missing", f"it was {record.path}")
+        record.check_file()
         if dm.find(names.top(record.id)):  # staged elsewhere, so it was looked at
             return
-        size = record.path.stat().st_size
-        if size < record.file_size:
-            raise precondition(
-                f"the file of {record.described} has {size} bytes, not {record.file_size}: data is lost",
-                "restore it from a backup, or delete the volume",
-            )
         if parameters.flags(record.parameters).discards or record.is_reserved:
             return
         # Somebody has punched holes, through the raw device or from outside. The data is whole all the same.

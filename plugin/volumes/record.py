@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-from plugin.errors import EbiError, not_found
+from plugin.errors import EbiError, not_found, precondition
 from plugin.host import dm, files
 from plugin.host.files import read_json, write_json
 from plugin.volumes import names, tables
@@ -85,6 +85,21 @@ class Volume:
         """Whether its file has all of its blocks; one whose owner wants discards may have given some back."""
         status = self.path.stat()
         return status.st_size >= self.file_size and status.st_blocks * 512 >= self.file_size
+
+    def check_file(self) -> None:
+        """Raise PRECONDITION where its file is missing, or shorter than it was made."""
+        try:
+            size = self.path.stat().st_size
+        except FileNotFoundError:
+            raise precondition(
+                f"the file of {self.described} is missing: {self.path}",
+                "put it back from a backup, or delete the volume",
+            ) from None
+        if size < self.file_size:
+            raise precondition(
+                f"the file of {self.described} has {size} bytes, not {self.file_size}: data is lost",
+                "restore it from a backup, or delete the volume",
+            )
 
     def reserve(self) -> None:
         """Have its file there in its full size, on the disk, with every block its own. Raises EXHAUSTED."""

@@ -8,6 +8,8 @@ import pytest
 
 from plugin.errors import EbiError, Kind
 from plugin.images import DocumentSecrets
+from plugin.images.export import export
+from plugin.settings import Settings
 from tests.unit.conftest import MIB, NAMESPACE, Store, clone, make_raw, manifest, secret
 
 URL = "http://example.org/parrot.raw"
@@ -100,6 +102,19 @@ def test_a_source_must_be_ready(store: Store) -> None:
     with pytest.raises(EbiError, match="cannot clone backing image golden as x: it is failed") as caught:
         store.apply(clone("x", "golden"))
     assert caught.value.kind is Kind.PRECONDITION
+
+
+def test_a_source_must_have_its_file(golden: Store) -> None:
+    image = golden.images.get("locked")
+    image.path.unlink()
+    for use in (
+        lambda: golden.apply(clone("x", "locked")),
+        lambda: export(golden.images, Settings(), "locked", golden.work / "x"),
+    ):
+        with pytest.raises(EbiError, match="the file of backing image locked is missing") as caught:
+            use()
+        assert caught.value.kind is Kind.PRECONDITION
+    assert not (golden.work / "data" / "images" / "x").exists()
 
 
 @pytest.mark.parametrize("cipher", ["serpent-xts-plain64", "aes-xts-plain", "nonsense"])

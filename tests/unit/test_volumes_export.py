@@ -245,6 +245,20 @@ class TestRefused:
             node.export(exported())
         assert caught.value.kind is Kind.PRECONDITION
 
+    @pytest.mark.parametrize("whose", ["volume", "short volume", "image"])
+    def test_a_file_that_is_missing_or_short(self, node: Node, whose: str) -> None:
+        image = node.store.images.get("locked")
+        volume = node.make(image, encrypted=True, written={})
+        if whose == "short volume":
+            os.truncate(volume.path, MIB)
+        else:
+            (image if whose == "image" else volume).path.unlink()
+        owner = "backing image locked" if whose == "image" else "encrypted volume vol"
+        with pytest.raises(EbiError, match=f"the file of {owner} (is missing|has {MIB} bytes)") as caught:
+            node.export(exported())
+        assert caught.value.kind is Kind.PRECONDITION and caught.value.hint
+        assert not (node.store.work / "data" / "images" / "copy").exists()
+
     def test_another_passphrase(self, node: Node) -> None:
         node.make(node.store.images.get("locked"), encrypted=True, written={})
         node.store.secrets = DocumentSecrets([secret(passphrase=b"wrong")])
