@@ -24,6 +24,16 @@ def pool(connect_seconds: float, settings: Settings) -> urllib3.PoolManager:
     return manager
 
 
+def says_this_machine(host: str) -> bool:
+    """Whether `host`, of a URL, leads to this host by what it says alone: nobody is asked."""
+    try:  # every way to write an address that a connection would take
+        found = socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST)
+    except (OSError, UnicodeError):
+        found = []
+    name = "." + host.lower().rstrip(".")
+    return name.endswith(".localhost") or any(is_this_machine(str(entry[4][0])) for entry in found)
+
+
 def is_this_machine(address: str, own: str = "") -> bool:
     """Whether `address`, of IPv4 or IPv6, leads to this host: loopback, unspecified, link-local, or its `own`."""
     if address == own:
@@ -59,16 +69,19 @@ def _check_name(host: str) -> None:
     except (OSError, UnicodeError):
         return  # connecting will fail in the same way, and tell it
     if any(is_this_machine(address) for address in addresses):
-        raise _refused(host)
+        raise refused(host)
 
 
 def _checked(connection: socket.socket, host: str) -> socket.socket:
     # The kernel talks to an address of this machine's own from that same address.
     if is_this_machine(str(connection.getpeername()[0]), str(connection.getsockname()[0])):
         connection.close()
-        raise _refused(host)
+        raise refused(host)
     return connection
 
 
-def _refused(host: str) -> EbiError:
-    return invalid(f"the host {host} of the download URL is this machine", "give the URL of another host")
+def refused(host: str, owner: str = "") -> EbiError:
+    """What to raise about the `host` of a URL that `owner` shall be downloaded from."""
+    return invalid(
+        f"the host {host} of the download URL{owner and f' of {owner}'} is this machine", "give the URL of another host"
+    )

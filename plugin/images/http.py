@@ -52,15 +52,29 @@ class Download:
     stop: Callable[[], None] = lambda: None
 
 
+def check(url: str, owner: str, settings: Settings) -> None:
+    """Raise INVALID where `settings` don't let `owner` be downloaded from `url`, as far as itself tells."""
+    parts = _split(url)
+    if parts.scheme == "file" and not settings.allow_files:
+        raise invalid(
+            f"the URL {shown(url)} of {owner} names a file of this machine", "only http and https are allowed here"
+        )
+    if parts.hostname and parts.scheme != "file" and not settings.allow_loopback:
+        from plugin.images import guard  # noqa: PLC0415 - as below
+
+        if guard.says_this_machine(parts.hostname):
+            raise guard.refused(parts.hostname, owner)
+
+
 @contextmanager
 def download(url: str, settings: Settings) -> Iterator[Download]:
-    """The file at `url`; its size is known with the first piece.
+    """The file at `url`, which was checked; its size is known with the first piece.
 
     Taking the pieces raises INVALID for a URL that may not be read, NOT_FOUND, and UNAVAILABLE where the server or the
     way to it fails more than `download_retries` times in a row.
     """
     if urlsplit(url).scheme == "file":
-        with _local(url, settings) as found:
+        with _local(url) as found:
             yield found
         return
     from plugin.images import guard  # noqa: PLC0415 - slow to import, and most runs download nothing
@@ -306,10 +320,8 @@ def _joined(base: str, where: str) -> str:
 
 
 @contextmanager
-def _local(url: str, settings: Settings) -> Iterator[Download]:
+def _local(url: str) -> Iterator[Download]:
     parts = urlsplit(url)
-    if not settings.allow_files:
-        raise invalid(f"the URL {shown(url)} names a file of this machine", "only http and https are allowed here")
     path = Path(unquote(parts.path))
     if parts.netloc not in ("", "localhost") or not path.is_file():
         raise not_found(f"there is no file {parts.netloc}{path}", "give it as file:///absolute/path")

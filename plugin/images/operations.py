@@ -58,11 +58,13 @@ class Work:
 Operation = Callable[[Work], Made]
 
 
-def download(url: str, checksum: str) -> Operation:
+def download(url: str, checksum: str, owner: str, settings: Settings) -> Operation:
     """The file at `url`, kept as it is, or what is packed in it.
 
-    `checksum` is the SHA-512 that it must have as it comes, empty if that is not known.
+    `checksum` is the SHA-512 that it must have as it comes, empty if that is not known. Raises INVALID at once for a
+    `url` that the `settings` don't allow.
     """
+    http.check(url, owner, settings)
 
     def run(work: Work) -> Made:
         with http.download(url, work.settings) as found:

@@ -220,7 +220,8 @@ class Images:
         spec = wanted.spec
         keys = rules.keys(wanted, secrets)
         if spec.source_type == "download":
-            return _Job("download", operations.download(spec.parameters["url"], spec.checksum))
+            url = spec.parameters["url"]
+            return _Job("download", operations.download(url, spec.checksum, wanted.described, self._settings))
         if spec.source_type == "upload":
             raise precondition(
                 f"{wanted.described} has no content yet", f"upload it: ebi image upload {wanted.name} FILE"

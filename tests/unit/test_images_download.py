@@ -305,14 +305,15 @@ class TestTheGuard:
 
     @pytest.mark.parametrize(
         "host", ["127.0.0.1", "localhost", "[::1]", "127.1", "0.0.0.0", "[::ffff:127.0.0.1]", "[::ffff:a9fe:a9fe]",
-                 "169.254.169.254", "[fe80::1]", "[::]", "2130706433"],
+                 "169.254.169.254", "[fe80::1]", "[::]", "2130706433", "LOCALHOST.", "a.localhost"],
     )  # fmt: skip
     def test_names_of_this_machine_are_refused(self, guarded: Store, server: Server, host: str) -> None:
         server.content = bytes(MIB)
-        with pytest.raises(EbiError, match="is this machine") as caught:
+        with pytest.raises(EbiError, match="of the download URL of backing image golden is this machine") as caught:
             guarded.apply(manifest("golden", "download", url=f"http://{host}:{server.server_address[1]}/file"))
         assert caught.value.kind is Kind.INVALID
         assert server.connections == 0
+        assert not (guarded.work / "images" / "golden").exists()
 
     def test_a_redirect_is_no_way_around_it(
         self, guarded: Store, server: Server, monkeypatch: pytest.MonkeyPatch
@@ -328,7 +329,9 @@ class TestTheGuard:
     ) -> None:
         looked_up: list[str] = []
 
-        def answer(host: str, port: int | None, *_: object, **__: object) -> list[tuple[object, ...]]:
+        def answer(host: str, port: int | None, *_: object, flags: int = 0, **__: object) -> list[tuple[object, ...]]:
+            if flags & socket.AI_NUMERICHOST:
+                raise socket.gaierror
             looked_up.append(host)
             address = "192.0.2.1" if len(looked_up) == 1 else "127.0.0.1"
             return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
@@ -343,8 +346,10 @@ class TestTheGuard:
         assert guard.is_this_machine("192.0.2.7", "192.0.2.7") and not guard.is_this_machine("192.0.2.7", "192.0.2.8")
 
     def test_files_are_off_limits_too(self, tmp_path: Path, raw: Path) -> None:
+        store = with_settings(tmp_path, Settings(allow_files=False))
         with pytest.raises(EbiError, match="names a file of this machine"):
-            with_settings(tmp_path, Settings(allow_files=False)).download(raw)
+            store.download(raw)
+        assert not (tmp_path / "images" / "golden").exists()
 
 
 def test_gzip_in_a_content_encoding_is_unpacked_by_its_mark(store: Store, server: Server, raw: Path) -> None:
