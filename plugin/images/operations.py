@@ -22,7 +22,7 @@ from plugin.images.progress import Reporter
 from plugin.images.receive import receive
 from plugin.images.sums import Sum
 from plugin.images.target import PIECE, Places, TargetSpec, open_direct
-from plugin.luks import header
+from plugin.luks import header, payload
 from plugin.luks.parameters import SecretParameters
 from plugin.luks.sectors import HEAD, sector_size
 from plugin.settings import Settings
@@ -234,8 +234,10 @@ def _kept(found: http.Download, checksum: str, work: Work) -> Made:
         runs = list(extents.normalised(source.extents(), source.size)) if form is not Format.RAW else None
         if form is not Format.LUKS:
             return Made(form, source.size, digest, sums=written, packing=got.packing)
-        payload = header.read(work.path).payload_offset
-        written = [item for item in written if item.start >= payload]
+        luks = header.read(work.path)
+        if luks.key_size:  # else it has no keyslot, and nothing opens it
+            payload.check(luks.cipher, luks.key_size, work.owner)
+        written = [item for item in written if item.start >= luks.payload_offset]
         return Made(form, source.size, digest, runs, written, got.packing)
 
 

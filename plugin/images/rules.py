@@ -85,7 +85,7 @@ def keys(manifest: Manifest, secrets: SecretSource) -> Keys:
         if not spec.secret:
             return Keys()
         found = _parameters(manifest, secrets, spec.secret, spec.secret_namespace)
-        check_cipher(found, manifest.described)
+        payload.check(found.cipher, found.key_size, manifest.described)
         return Keys(new=found)
     if spec.source_type == "download" and spec.secret:  # it has no use for it; that it is there is Longhorn's rule
         _parameters(manifest, secrets, spec.secret, spec.secret_namespace or manifest.namespace)
@@ -94,7 +94,7 @@ def keys(manifest: Manifest, secrets: SecretSource) -> Keys:
     found = parameters(manifest, secrets, "secret")
     if spec.encryption == "decrypt":
         return Keys(old=found)
-    check_cipher(found, manifest.described)
+    payload.check(found.cipher, found.key_size, manifest.described)
     if spec.encryption == "encrypt":
         return Keys(new=found)
     return Keys(parameters(manifest, secrets, "source-secret"), found)
@@ -118,12 +118,6 @@ def _parameters(manifest: Manifest, secrets: SecretSource, name: str, namespace:
             hint=error.hint,
         ) from error
     return SecretParameters.from_data(data, manifest.described)
-
-
-def check_cipher(found: SecretParameters, owner: str) -> None:
-    """Raises UNSUPPORTED where the payload writer does not know the cipher that `owner` shall have."""
-    if not payload.supports(found.cipher, found.key_size):
-        raise payload.refusal(found.cipher, found.key_size, owner)
 
 
 def _facts(manifest: Manifest, volumes: VolumeSource | None) -> VolumeFacts:

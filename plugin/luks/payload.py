@@ -33,12 +33,14 @@ def supports(cipher: str, key_size: int) -> bool:
     return key_size in _ALGORITHMS.get(cipher, {})
 
 
-def refusal(cipher: str, key_size: int, owner: str = "") -> EbiError:
-    """What to raise, of kind UNSUPPORTED, about a cipher that `owner` shall have and `supports` denies."""
+def check(cipher: str, key_size: int, owner: str = "") -> None:
+    """Raise UNSUPPORTED about a cipher that `owner` has or shall have and `supports` denies."""
+    if supports(cipher, key_size):
+        return
     sizes = _ALGORITHMS.get(cipher)
     known = f"use {', '.join(_ALGORITHMS)}" if sizes is None else f"use {_either(sizes)} bits"
     with_key = "" if sizes is None else f" with a key of {key_size} bits"
-    return unsupported(f"nothing here can do the cipher {cipher}{with_key}{owner and f' for {owner}'}", known)
+    raise unsupported(f"nothing here can do the cipher {cipher}{with_key}{owner and f' for {owner}'}", known)
 
 
 def _either(sizes: dict[int, str]) -> str:
@@ -53,8 +55,7 @@ class Cipher:
 
     def __init__(self, cipher: str, key: bytes, sector_size: int) -> None:
         bits = 8 * len(key)
-        if not supports(cipher, bits):
-            raise refusal(cipher, bits)
+        check(cipher, bits)
         if cipher == XTS and key[: len(key) // 2] == key[len(key) // 2 :]:
             raise invalid("a volume key whose halves are equal is none for XTS", "encrypt with a random key")
         self.sector_size = sector_size

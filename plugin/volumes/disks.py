@@ -20,7 +20,7 @@ from plugin.images.disk import Source
 from plugin.images.formats import Format
 from plugin.images.operations import Work
 from plugin.images.patched import Patched
-from plugin.luks import header
+from plugin.luks import header, payload
 from plugin.volumes import exceptions, names, stats
 from plugin.volumes.node import Node
 from plugin.volumes.record import Volume
@@ -67,6 +67,9 @@ class Disks:
                 "clone its backing image" if record.image else "stage it first",
             )
         record.check_file()
+        if record.encrypted:
+            found = header.read(record.path)
+            payload.check(found.cipher, found.key_size, record.described)
         return record
 
     def _image(self, record: Volume) -> BackingImage | None:

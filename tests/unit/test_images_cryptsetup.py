@@ -6,15 +6,18 @@ Its reencryption works on plain files, in its own code, with no device-mapper.
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from plugin.errors import EbiError
+from plugin.errors import EbiError, Kind
 from plugin.images import DocumentSecrets
 from plugin.images.formats import Format
+from plugin.images.http import from_file
 from plugin.luks import header
-from tests.unit.conftest import KIB, MIB, PASSPHRASE, Store, clone, make_raw, secret
+from plugin.luks.parameters import SecretParameters
+from tests.unit.conftest import KIB, MIB, PASSPHRASE, Store, clone, make_raw, manifest, secret
 
 REENCRYPT = ("cryptsetup", "reencrypt", "-q", "--disable-locks", "--force-offline-reencrypt", "--key-file", "-")
 CHEAP = ("--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000")
@@ -68,6 +71,24 @@ def test_we_decrypt_what_cryptsetup_encrypts(store: Store, sector: str, name: st
     assert kept.encrypted and kept.status.format is Format.LUKS
     back = store.apply(clone("d", "golden", "decrypt")).path
     assert back.read_bytes()[:size] == raw.read_bytes()
+
+
+@pytest.mark.parametrize("way", ["download", "upload"])
+def test_an_image_under_a_cipher_that_nothing_can_do_is_refused_by_name(
+    store: Store, tmp_path: Path, parameters: SecretParameters, way: str
+) -> None:
+    theirs = make_raw(tmp_path / "theirs", 17 * MIB, [])
+    parameters = replace(parameters, cipher="aes-xts-plain")
+    header.create(theirs, parameters, header.new_key(parameters), sector_size=512, owner="it")
+    with pytest.raises(EbiError, match="the cipher aes-xts-plain for backing image golden") as caught:
+        if way == "download":
+            store.download(theirs)
+        else:
+            with theirs.open("rb", buffering=0) as file:
+                store.images.upload(manifest("golden", "upload"), from_file(file))
+    assert caught.value.kind is Kind.UNSUPPORTED
+    image = store.images.get("golden")
+    assert image.status.state == "failed" and "aes-xts-plain " in image.status.message and not image.path.exists()
 
 
 def test_a_luks_device_that_cryptsetup_left_half_done_is_refused(store: Store, tmp_path: Path) -> None:

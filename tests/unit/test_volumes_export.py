@@ -259,6 +259,15 @@ class TestRefused:
         assert caught.value.kind is Kind.PRECONDITION and caught.value.hint
         assert not (node.store.work / "data" / "images" / "copy").exists()
 
+    def test_a_cipher_that_only_the_kernel_knows(self, node: Node) -> None:
+        volume = node.make(None, encrypted=True, written={})
+        parameters = replace(node.parameters, cipher="aes-xts-plain")
+        header.create(volume.path, parameters, header.new_key(parameters), sector_size=4096, owner="it")
+        with pytest.raises(EbiError, match="the cipher aes-xts-plain for encrypted volume vol") as caught:
+            node.export(exported(**SECRET))
+        assert caught.value.kind is Kind.UNSUPPORTED
+        assert not (node.store.work / "data" / "images" / "copy").exists()
+
     def test_another_passphrase(self, node: Node) -> None:
         node.make(node.store.images.get("locked"), encrypted=True, written={})
         node.store.secrets = DocumentSecrets([secret(passphrase=b"wrong")])
