@@ -87,7 +87,9 @@ def keys(manifest: Manifest, secrets: SecretSource) -> Keys:
         found = _parameters(manifest, secrets, spec.secret, spec.secret_namespace)
         payload.check(found.cipher, found.key_size, manifest.described)
         return Keys(new=found)
-    if spec.source_type == "download" and spec.secret:  # it has no use for it; that it is there is Longhorn's rule
+    if (
+        spec.source_type in ("download", "upload") and spec.secret
+    ):  # it has no use for it; that it is there is Longhorn's rule
         _parameters(manifest, secrets, spec.secret, spec.secret_namespace or manifest.namespace)
     if spec.encryption in ("", "ignore"):
         return Keys()

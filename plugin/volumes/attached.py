@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from plugin.errors import EbiError, invalid, precondition
+from plugin.errors import EbiError, Kind, invalid, precondition
 from plugin.host import blockdev
 from plugin.host.files import private_directory, read_json, write_json
 from plugin.luks import header
@@ -88,7 +88,7 @@ class Attached:
     def stack(self, keys: Keys, *, block: bool) -> Stack:
         """Its layers; a new device has got its LUKS2 header then.
 
-        Raises PRECONDITION for a device that holds what it should not.
+        Raises INVALID and PRECONDITION for a device that holds what it should not.
         """
         wanted = self.context.wanted
         if not self._may_format():
@@ -146,24 +146,23 @@ class Attached:
             )
 
     def _check(self) -> None:
-        """Raise PRECONDITION when the device does not hold what the volume is said to be."""
+        """Raise INVALID when the device does not hold what the volume is said to be, PRECONDITION when nothing."""
         found = blockdev.probe(self.device)
         is_luks = found is not None and found.type == "crypto_LUKS"
         if is_luks == self.context.wanted.encrypted:
             return
         if is_luks:
-            raise self._refused("crypto_LUKS", "plain", 'give it encrypted: "true" and its secret')
+            raise self._refused("crypto_LUKS", "plain", 'give it encrypted: "true" and its secret', Kind.INVALID)
         mark = self.marks.read(self.volume)
         since = f"; this node formatted it at {mark.begun}, so its device is not what it was" if mark else ""
-        what = "nothing that is known" if found is None else found.type
+        what, kind = ("nothing that is known", Kind.PRECONDITION) if found is None else (found.type, Kind.INVALID)
         raise self._refused(
-            what, "encrypted", f'only one whose context says {FORMATTED}: "false" is ever formatted{since}'
+            what, "encrypted", f'only one whose context says {FORMATTED}: "false" is ever formatted{since}', kind
         )
 
-    def _refused(self, found: str, sort: str, hint: str) -> EbiError:
-        return precondition(
-            f"unsupported disk encryption format {found} on {self.device} of {sort} volume {self.volume}", hint
-        )
+    def _refused(self, found: str, sort: str, hint: str, kind: Kind) -> EbiError:
+        text = f"unsupported disk encryption format {found} on {self.device} of {sort} volume {self.volume}"
+        return EbiError(text, kind=kind, hint=hint)
 
 
 def _fresh() -> Mark:

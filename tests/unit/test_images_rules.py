@@ -19,9 +19,17 @@ def changed(document: dict[str, Any], **metadata: Any) -> dict[str, Any]:
     return {**document, "metadata": {**document["metadata"], **metadata}}
 
 
+def with_spec(document: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {**document, "spec": {**document["spec"], **fields}}
+
+
 @pytest.mark.parametrize(
     ("document", "message"),
     [
+        (
+            with_spec(manifest("x", "download", url=URL), checkSum="0"),
+            "unknown field checkSum in the spec of backing image x",
+        ),
         (changed(manifest("x", "download", url=URL), name="Not_a_name"), "invalid name Not_a_name"),
         (changed(manifest("x", "download", url=URL), name="../x"), r"invalid name \.\./x"),
         (changed(manifest("x", "download", url=URL), name=None), "invalid name None"),
@@ -81,6 +89,18 @@ def golden(first: Store, tmp_path: Path) -> Store:
             "cannot re-decrypt the backing image, golden is already decrypted",
             Kind.INVALID,
         ),
+        *[
+            (
+                with_spec(manifest("x", kind, **more), secret="gone", secretNamespace=namespace),
+                f"failed to get the secret gone in the namespace {namespace or NAMESPACE} for the backing image x",
+                Kind.NOT_FOUND,
+            )
+            for kind, more, namespace in (
+                ("download", {"url": URL}, "there"),
+                ("download", {"url": URL}, ""),
+                ("upload", {}, ""),
+            )
+        ],
         (
             clone("x", "golden", "encrypt", secret="gone"),
             f"failed to get the secret gone in the namespace {NAMESPACE}",

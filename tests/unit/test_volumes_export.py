@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,37 @@ def _when_ready(create: Callable[[], Volume]) -> Volume:
         except EbiError as error:
             if error.kind is not Kind.UNAVAILABLE:
                 raise
+
+
+class TestStartedFromAnImage:
+    """Which volumes an image can't be started from; `tests/kernel` stages those that it can."""
+
+    @pytest.mark.parametrize(
+        ("image", "given", "capacity", "message", "kind"),
+        [
+            ("golden", {"encrypted": "true"}, CAPACITY, "the backing image golden is not encrypted", Kind.INVALID),
+            ("locked", {}, CAPACITY, "the backing image locked is encrypted", Kind.INVALID),
+            ("golden", {}, MIB, "volume size should be larger than the backing image size", Kind.OUT_OF_RANGE),
+            ("failed", {}, CAPACITY, "backing image failed is not ready, but failed", Kind.PRECONDITION),
+            ("absent", {}, CAPACITY, "backing image absent not found", Kind.NOT_FOUND),
+            (
+                "golden",
+                {"backingImageDataSourceType": "upload"},
+                CAPACITY,
+                "existing backing image golden data source is different from the parameters",
+                Kind.INVALID,
+            ),
+        ],
+    )
+    def test_mismatch(
+        self, node: Node, image: str, given: dict[str, str], capacity: int, message: str, kind: Kind
+    ) -> None:
+        with suppress(EbiError):
+            node.store.apply(manifest("failed", "download", url=(node.store.work / "nothing").as_uri()))
+        with pytest.raises(EbiError, match=message) as caught:
+            node.volumes.create("vol", capacity, {"backingImage": image, **given})
+        assert caught.value.kind is kind
+        assert node.volumes.list() == []
 
 
 class TestRefused:
