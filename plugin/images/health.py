@@ -31,7 +31,8 @@ def _of_directory(images: Images, directory: Path) -> Iterator[Finding]:
         image = None
     if image is None and not directory.exists():  # it was being removed
         return
-    if image is None or any(directory.rglob("*.partial")):
+    # Of a disk that is being unpacked, its own directory is locked.
+    if image is None or any(not is_locked(path.parent) for path in directory.rglob("*.partial")):
         text = f"{directory} holds what an interrupted operation has left"
         yield Finding(
             "partial", subject, text, "ebi doctor --fix removes it", partial(images.clean, name), safe=True

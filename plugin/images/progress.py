@@ -1,5 +1,6 @@
 """How far an operation is: told to whoever waits, and to the image's record now and then."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,8 +9,11 @@ from plugin.errors import EbiError, Kind
 from plugin.images.catalog import Catalog
 from plugin.images.image import BackingImage, State
 
+log = logging.getLogger(__name__)
+
 _RECORD_EVERY = 0.5  # seconds
 _TELL_EVERY = 0.1
+_LOG_EVERY = 10.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,19 @@ class Progress:
         """Speed and time left, for people."""
         left = f", {self.seconds_left:.0f} s left" if self.seconds_left is not None else ""
         return f"{self.bytes_per_second / (1 << 20):.0f} MiB/s{left}"
+
+
+def logged(what: str) -> Callable[[Progress], None]:
+    """Who has the log tell now and then how far `what` is."""
+    told = time.monotonic()
+
+    def heard(progress: Progress) -> None:
+        nonlocal told
+        if time.monotonic() - told >= _LOG_EVERY:
+            told = time.monotonic()
+            log.info("%s: %d %%, %s", what, progress.percent, progress.text)
+
+    return heard
 
 
 class Reporter:

@@ -8,7 +8,7 @@ from pathlib import Path
 from plugin.errors import exhausted
 from plugin.host.lock import is_locked
 
-CLAIM = "claimed"  # beside an image's partial file: how many bytes its operation will have written
+CLAIM = "claimed"  # beside a partial file: how many bytes its operation will have written, and the file's name
 _AHEAD = 8 << 20  # bytes claimed at once for a file that grows
 _SPARE = 16 << 20  # bytes of disk left for records, maps and the filesystem's own needs
 
@@ -20,15 +20,18 @@ def claim(partial: Path, fd: int, needed: int, owner: str) -> None:
     """
     directory = partial.parent
     missing = max(0, needed - os.fstat(fd).st_blocks * 512)
-    if not (directory / "record.json").exists():  # an export: nobody else's claim is about that filesystem
+    # An image's own directory, or one in it for its unpacked disk.
+    image = next((found for found in (directory, directory.parent) if (found / "record.json").exists()), None)
+    if image is None:  # an export: nobody else's claim is about that filesystem
         _check(fd, needed, missing, 0, owner)
         return
-    gate = os.open(directory.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    gate = os.open(image.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(gate, fcntl.LOCK_EX)
-        others = [path.parent for path in directory.parent.glob(f"*/{CLAIM}") if path.parent != directory]
-        _check(fd, needed, missing, sum(_outstanding(other) for other in others), owner)
-        (directory / CLAIM).write_text(str(needed))
+        claims = [*image.parent.glob(f"*/{CLAIM}"), *image.parent.glob(f"*/*/{CLAIM}")]
+        others = sum(_outstanding(path.parent) for path in claims if path.parent != directory)
+        _check(fd, needed, missing, others, owner)
+        (directory / CLAIM).write_text(f"{needed} {partial.name}")
     finally:
         os.close(gate)
 
@@ -50,11 +53,11 @@ class Room:
 
 
 def _outstanding(directory: Path) -> int:
-    """What the operation on the image in `directory` has still to write; 0 for a claim that a kill left."""
+    """What the operation in `directory` has still to write; 0 for a claim that a kill left."""
     with suppress(OSError, ValueError):
         if is_locked(directory):
-            claimed = int((directory / CLAIM).read_text())
-            return max(0, claimed - (directory / "image.partial").stat().st_blocks * 512)
+            claimed, name = (directory / CLAIM).read_text().split()
+            return max(0, int(claimed) - (directory / name).stat().st_blocks * 512)
     return 0
 
 

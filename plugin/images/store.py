@@ -20,7 +20,7 @@ from plugin.images.http import Download
 from plugin.images.image import WORKING, BackingImage, State
 from plugin.images.manifest import EXPORT, Manifest, check_name, parse
 from plugin.images.operations import Made, Operation, Work
-from plugin.images.progress import Progress, Reporter
+from plugin.images.progress import Progress, Reporter, logged
 from plugin.images.secrets import SecretSource
 from plugin.images.volume import VolumeSource
 from plugin.luks import backup
@@ -238,13 +238,11 @@ class Images:
     def _run(self, job: _Job, report: Reporter) -> BackingImage:
         image = report.image
         _clear(image.directory)
-        start, ok = time.monotonic(), False
         try:
-            with self._turn(job, report):
+            with _timed(job.name, report), self._turn(job, report):
                 report.state(State.STARTING, message="")
                 made = job.run(Work(image.partial, image.described, self._settings, report))
                 self._finish(made, report)
-            ok = True
         except BaseException as error:
             failure = explained(error, image, job.name)
             _clear(image.directory)
@@ -253,8 +251,6 @@ class Images:
             if failure is error:
                 raise
             raise failure from error
-        finally:
-            events.publish(events.ImageOperation(job.name, report.done, time.monotonic() - start, ok))
         return report.image
 
     @contextmanager
@@ -292,11 +288,24 @@ class Images:
         )
 
     def _unpack(self, image: BackingImage) -> None:
-        partial = image.disk.with_suffix(".partial")
-        quiet = Reporter(image, None, None)
-        operations.unpack(image)(Work(partial, image.described, self._settings, quiet))
-        partial.rename(image.disk)
-        sync_directory(image.disk.parent)
+        # The image stays ready, so its record tells nothing of this.
+        partial, report = (
+            image.disk.with_suffix(".partial"),
+            Reporter(image, None, logged(f"unpacking {image.described}")),
+        )
+        try:
+            with _timed("unpack", report):
+                operations.unpack(image)(Work(partial, image.described, self._settings, report))
+                partial.rename(image.disk)
+                sync_directory(image.disk.parent)
+        except (EbiError, OSError) as error:
+            failure = explained(error, image, "unpacking")
+            if failure is error:
+                raise
+            raise failure from error
+        finally:
+            partial.unlink(missing_ok=True)
+            (partial.parent / space.CLAIM).unlink(missing_ok=True)
 
     def _recover(self, directory: Path) -> None:
         image = self._catalog.get(directory.name)
@@ -320,6 +329,17 @@ class Images:
             finally:
                 if directory.exists() and self._catalog.get(name) is None:
                     shutil.rmtree(directory)
+
+
+@contextmanager
+def _timed(name: str, report: Reporter) -> Iterator[None]:
+    """Publish the block as the operation `name` of `report` when it has ended."""
+    start, ok = time.monotonic(), False
+    try:
+        yield
+        ok = True
+    finally:
+        events.publish(events.ImageOperation(name, report.done, time.monotonic() - start, ok))
 
 
 def _cancel(image: BackingImage) -> None:

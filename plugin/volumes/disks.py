@@ -93,7 +93,7 @@ class Disks:
             with operations.created(file) as target:
                 can_share = share(source, target)
                 if not can_share:
-                    space.claim(work.path, target, sum(run.length for run in data_extents(source)), record.described)
+                    space.claim(file, target, sum(run.length for run in data_extents(source)), record.described)
                 start = time.monotonic()
                 with events.step("capture"), dm.still(names.top(record.id)):
                     if can_share:

@@ -1,18 +1,23 @@
 """Cancelling, queueing, claims on disk space, and the events in an image's record."""
 
+import errno
 import os
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from plugin import events
 from plugin.errors import EbiError, Kind
 from plugin.host.lock import locked
-from plugin.images import Progress, State, slots, space
+from plugin.images import BackingImage, Progress, State, engine, health, operations, progress, slots, space
 from plugin.images.http import Download
+from plugin.images.sums import Sum
 from tests.unit.conftest import MIB, Store, clone, make_raw, manifest
 
 
@@ -110,7 +115,7 @@ def test_what_others_have_claimed_is_not_free(golden: Store, monkeypatch: pytest
     little = os.statvfs_result((found.f_bsize, found.f_frsize, found.f_blocks, blocks, blocks, *found[5:]))
     monkeypatch.setattr(os, "fstatvfs", lambda _: little)
     other = golden.images.get("other").directory
-    (other / space.CLAIM).write_text(str(90 * MIB))
+    (other / space.CLAIM).write_text(f"{90 * MIB} image.partial")
     golden.apply(clone("x", "golden", "encrypt"))  # a claim that nobody holds any more
     golden.images.delete("x")
     with locked(other, "it"):
@@ -119,6 +124,104 @@ def test_what_others_have_claimed_is_not_free(golden: Store, monkeypatch: pytest
             golden.apply(clone("x", "golden", "encrypt"))
     assert caught.value.kind is Kind.EXHAUSTED
     assert not (golden.images.get("golden").directory / space.CLAIM).exists()
+
+
+class TestUnpacking:
+    """A qcow2 image's disk, laid out beside it for its volumes while the image stays ready."""
+
+    @pytest.fixture
+    def packed(self, golden: Store) -> BackingImage:
+        raw, qcow2 = golden.images.get("golden").path, golden.work / "qcow2"
+        subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, qcow2], check=True)
+        return golden.download(qcow2, "packed")
+
+    @pytest.fixture
+    def meanwhile(self, monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
+        """What is done when it has begun, before a byte is written."""
+        todo: list[Callable[[], None]] = []
+        copy = engine.copy
+
+        def watched(*given: Any, **named: Any) -> list[Sum]:
+            while todo:
+                todo.pop()()
+            return copy(*given, **named)
+
+        monkeypatch.setattr(engine, "copy", watched)
+        return todo
+
+    def test_space_is_claimed_and_what_others_claimed_is_not_free(
+        self,
+        golden: Store,
+        packed: BackingImage,
+        meanwhile: list[Callable[[], None]],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        found = os.statvfs(golden.work)
+        blocks = 39 * MIB // found.f_frsize
+        little = os.statvfs_result((found.f_bsize, found.f_frsize, found.f_blocks, blocks, blocks, *found[5:]))
+        monkeypatch.setattr(os, "fstatvfs", lambda _: little)
+        monkeypatch.setattr(operations, "reserve", lambda *_: False)
+        other = golden.images.get("golden").directory
+        (other / space.CLAIM).write_text(f"{30 * MIB} image.partial")
+        (other / "image.partial").touch()
+        with locked(other, "it"), pytest.raises(EbiError, match=r"packed needs .* beside the 30 MiB") as caught:
+            golden.images.raw("packed")
+        assert caught.value.kind is Kind.EXHAUSTED
+
+        def encrypt() -> None:
+            with pytest.raises(EbiError, match="beside the 4 MiB that other operations will take"):
+                golden.apply(clone("x", "golden", "encrypt"))
+
+        meanwhile.append(encrypt)
+        golden.images.raw("packed")
+        assert not meanwhile and [entry.name for entry in packed.disk.parent.iterdir()] == ["disk"]
+
+    def test_it_is_told_of(
+        self,
+        golden: Store,
+        packed: BackingImage,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        monkeypatch.setattr(progress, "_LOG_EVERY", 0.0)
+        monkeypatch.setattr(progress, "_TELL_EVERY", 0.0)
+        caplog.set_level("INFO")
+        heard: list[events.Event] = []
+        unsubscribe = events.subscribe(heard.append)
+        golden.images.raw("packed")
+        unsubscribe()
+        operation = heard[-1]
+        assert isinstance(operation, events.ImageOperation)
+        assert (operation.name, operation.size, operation.ok) == ("unpack", 4 * MIB, True)
+        assert "unpacking backing image packed: 99 %, " in caplog.text
+        assert golden.images.get("packed") == packed
+
+    def test_a_failure_names_the_image_and_leaves_nothing(
+        self, golden: Store, packed: BackingImage, meanwhile: list[Callable[[], None]]
+    ) -> None:
+        def full() -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        meanwhile.append(full)
+        with pytest.raises(
+            EbiError, match="no space left on the device for the unpacking of backing image packed"
+        ) as got:
+            golden.images.raw("packed")
+        assert got.value.kind is Kind.EXHAUSTED
+        assert [*packed.disk.parent.iterdir()] == []
+        assert golden.images.raw("packed").exists()
+
+    def test_the_doctor_finds_nothing_wrong_with_it(
+        self, golden: Store, packed: BackingImage, meanwhile: list[Callable[[], None]]
+    ) -> None:
+        def look() -> None:
+            assert packed.disk.with_suffix(".partial").exists()
+            assert [*health.examine(golden.images)] == []
+
+        meanwhile.append(look)
+        golden.images.raw("packed")
+        packed.disk.with_suffix(".partial").touch()
+        assert [found.kind for found in health.examine(golden.images)] == ["partial"]
 
 
 def test_events_tell_an_image_s_story(golden: Store) -> None:
