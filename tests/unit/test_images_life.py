@@ -1,7 +1,9 @@
 """An image's life: made once, made again after a failure or a kill, used, deleted."""
 
+import errno
 import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -12,11 +14,11 @@ import pytest
 from plugin import events
 from plugin.errors import EbiError, Kind, unavailable
 from plugin.host.files import Extent
-from plugin.host.lock import locked
+from plugin.host.lock import is_locked, locked
 from plugin.images import BackingImage, Images, Progress, State, engine, operations
 from plugin.images.disk import Disk
 from plugin.images.sums import Sum
-from plugin.images.target import TargetSpec
+from plugin.images.target import Target, TargetSpec
 from plugin.settings import Settings
 from tests.unit.conftest import MIB, Store, clone, make_raw, manifest, sha512
 
@@ -109,6 +111,22 @@ def test_an_image_with_users_is_not_deleted(golden: Store) -> None:
     with pytest.raises(EbiError, match="cannot delete backing image golden since there are volumes using it: a, b"):
         golden.images.delete("golden")
     assert golden.images.get("golden").ready
+
+
+def test_a_volume_that_is_made_while_its_image_is_deleted_keeps_it(golden: Store) -> None:
+    """It holds the image until its record is there; whoever deletes looks at the records again once nobody does."""
+    image = golden.images.get("golden")
+    alone: list[bool] = []
+
+    def users(_: str) -> list[str]:
+        alone.append(is_locked(image.directory))
+        return ["vol"] if len(alone) > 1 else []
+
+    golden.images.users = users
+    with pytest.raises(EbiError, match="since there are volumes using it: vol") as caught:
+        golden.images.delete("golden")
+    assert caught.value.kind is Kind.PRECONDITION and alone == [False, True]
+    assert golden.images.get("golden") == image and image.path.exists()
 
 
 def test_a_held_image_is_not_deleted_and_may_be_held_twice(golden: Store) -> None:
@@ -220,6 +238,32 @@ def test_a_filesystem_may_be_unable_to_reserve_space(golden: Store, monkeypatch:
     assert sha512(golden.images.get("d").path) == sha512(golden.work / "raw")
 
 
+def test_where_a_lock_is_one_descriptor_s_it_is_written_by_that_one(
+    golden: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SMB gives the file's lock to the descriptor that took it, and EACCES to a second one."""
+    path, write = golden.work / "out", os.pwrite
+    fd, direct = os.open(path, os.O_RDWR | os.O_CREAT), os.open(path, os.O_WRONLY)
+    tried: list[int] = []
+
+    def pwrite(to: int, data: memoryview, at: int) -> int:
+        tried.append(to)
+        if to == direct:
+            raise OSError(errno.EACCES, "Permission denied")
+        return write(to, data, at)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    content = os.urandom(2 * MIB)
+    target = Target(TargetSpec(fd, direct, 0, None, sparse=True))
+    try:
+        for at in (0, MIB):
+            target.write(memoryview(bytearray(content[at : at + MIB])), at)
+    finally:
+        os.close(fd)
+        os.close(direct)
+    assert tried == [direct, fd, fd] and path.read_bytes() == content
+
+
 def test_space_is_reserved_before_the_work_and_what_is_zeros_given_back(
     golden: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,7 +278,7 @@ def test_space_is_reserved_before_the_work_and_what_is_zeros_given_back(
     monkeypatch.setattr(engine, "copy", watched)
     made = golden.apply(clone("d", "dense", "decrypt"))
     assert reserved == 8 * MIB
-    assert made.path.stat().st_blocks * 512 == 4 * MIB
+    assert 4 * MIB <= made.path.stat().st_blocks * 512 < 5 * MIB  # a block of extents more, perhaps
 
 
 def test_workers_take_no_module_from_where_the_caller_is(golden: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,6 +288,22 @@ def test_workers_take_no_module_from_where_the_caller_is(golden: Store, monkeypa
         (place / f"{name}.py").write_text("raise SystemExit(3)")
     monkeypatch.chdir(place)
     assert golden.apply(clone("e", "golden", "encrypt")).ready
+
+
+def test_workers_are_waited_for_also_where_their_parent_ignores_its_children(
+    golden: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    popen, started = subprocess.Popen, []
+
+    def ignoring(command: list[str], **named: Any) -> "subprocess.Popen[bytes]":
+        started.append(popen(["env", "--ignore-signal=CHLD", *command], **named))  # what a program is run with stays so
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", ignoring)
+    with golden.images.get("golden").path.open("rb") as file:
+        engine.copy(Disk(file.fileno(), 8 * MIB), None, [Extent(0, 8 * MIB)], workers=2)
+    monkeypatch.undo()
+    assert [process.returncode for process in started] == [0]
 
 
 def test_more_pieces_than_the_socket_holds(tmp_path: Path) -> None:
