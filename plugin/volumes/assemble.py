@@ -68,9 +68,9 @@ def volume(record: Volume, image: BackingImage | None, keys: Keys, *, block: boo
         lambda: imagemap.opened(image, keys.parameters().passphrase if image.encrypted else b"", check=fresh),
         image.extents,
         image.virtual_size,
-        record.capacity,
+        record.covered,
     )
-    return Stack([base, lowest, Snapshot(top, base.name, own, record.capacity, record.chunk, fresh)])
+    return Stack([base, lowest, Snapshot(top, base.name, own, record.covered, record.capacity, record.chunk, fresh)])
 
 
 def mapped(volume_id: str, device: Path, keys: Keys, *, encrypted: bool, flags: Flags = NONE) -> Stack:

@@ -130,7 +130,7 @@ def _remove(volume: str) -> None:
 
 
 def _resume(volume: str) -> None:
-    """Let I/O go on, from below upwards: a base that was to grow does so before the snapshot on it."""
+    """Let I/O go on, from below upwards."""
     for name in reversed(names.mappers(volume)):
         if dm.find(name):
             dm.resume(name)

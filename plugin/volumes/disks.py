@@ -19,7 +19,7 @@ from plugin.images import BackingImage, VolumeFacts, formats, operations, space
 from plugin.images.disk import Source
 from plugin.images.formats import Format
 from plugin.images.operations import Work
-from plugin.images.patched import Patched
+from plugin.images.patched import Patch, Patched
 from plugin.luks import header, payload
 from plugin.volumes import exceptions, names, stats
 from plugin.volumes.node import Node
@@ -126,13 +126,18 @@ def _composed(record: Volume, image: BackingImage | None, file: Path, passphrase
         if image is None:
             yield Patched(record.capacity, own, _data(file, record.header_size), None, ())
             return
-        patches = exceptions.patches(own, record.chunk, record.capacity, record.described)
+        patches = exceptions.patches(own, record.chunk, record.covered, record.described)
+        behind = record.store_size - record.covered
+        patches += [
+            Patch(run.start - behind, run.length, run.start)
+            for run in _data(file, record.header_size, record.store_size)
+        ]
         key = header.volume_key(image.path, passphrase, image.described) if image.encrypted else None
         with formats.opened(image.path, image.status.format, key) as base:
             yield Patched(record.capacity, base, image.extents(), own, patches)
 
 
-def _data(file: Path, base: int) -> list[Extent]:
-    """The data in `file` behind its header of `base` bytes; what was reserved and never written is none."""
+def _data(file: Path, header: int, start: int = 0) -> list[Extent]:
+    """The data from byte `start` on of what comes in `file` behind `header` bytes; what was only reserved is none."""
     with file.open("rb") as opened:
-        return [Extent(run.start - base, run.length) for run in data_extents(opened.fileno(), base)]
+        return [Extent(run.start - header, run.length) for run in data_extents(opened.fileno(), header + start)]

@@ -12,14 +12,15 @@ from plugin.errors import precondition
 from plugin.host.dm import SECTOR
 from plugin.images.disk import Source
 from plugin.images.patched import Patch
+from plugin.volumes import tables
 
 _HEADER = struct.Struct("<4sIII")
 _EXCEPTION = struct.Struct("<QQ")
 _MAGIC, _VERSION = b"SnAp", 1
 
 
-def patches(store: Source, chunk: int, capacity: int, owner: str) -> list[Patch]:
-    """What `store`, with chunks of `chunk` bytes, holds of the volume `owner` of `capacity` bytes, in order.
+def patches(store: Source, chunk: int, covered: int, owner: str) -> list[Patch]:
+    """What `store`, with chunks of `chunk` bytes, holds of the first `covered` bytes of the volume `owner`, in order.
 
     Raises PRECONDITION where the kernel has given the store up, or it is none.
     """
@@ -31,11 +32,12 @@ def patches(store: Source, chunk: int, capacity: int, owner: str) -> list[Patch]
     if not valid:
         raise precondition(f"{owner} is faulted: the kernel has given up its snapshot store", "see the kernel's log")
     found: list[Patch] = []
-    for old, new in sorted(_exceptions(store, chunk)):
+    end = tables.store_size(covered, chunk)
+    for old, new in sorted(_exceptions(store, chunk, end)):
         start, place = old * chunk, new * chunk
-        if start >= capacity or place + chunk > store.size or (found and start < found[-1].end):
+        if start >= covered or place + chunk > end or (found and start < found[-1].end):
             raise precondition(f"{owner} is damaged: its snapshot store makes no sense", "restore it from a backup")
-        length = min(chunk, capacity - start)
+        length = min(chunk, covered - start)
         if found and (found[-1].end, found[-1].place + found[-1].length) == (start, place):
             found[-1] = Patch(found[-1].start, found[-1].length + length, found[-1].place)
         else:
@@ -43,10 +45,10 @@ def patches(store: Source, chunk: int, capacity: int, owner: str) -> list[Patch]
     return found
 
 
-def _exceptions(store: Source, chunk: int) -> Iterator[tuple[int, int]]:
+def _exceptions(store: Source, chunk: int, end: int) -> Iterator[tuple[int, int]]:
     area = bytearray(chunk)
     step = (chunk // _EXCEPTION.size + 1) * chunk  # an area's metadata and the chunks that it tells of
-    for at in range(chunk, store.size - chunk + 1, step):
+    for at in range(chunk, end, step):
         store.read(memoryview(area), at)
         for old, new in _EXCEPTION.iter_unpack(area):
             if new == 0:

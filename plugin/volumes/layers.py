@@ -104,6 +104,9 @@ class Layer(Protocol):
     def make(self) -> None:
         """Make the mapper. What is below is there."""
 
+    def grow(self) -> None:
+        """Have the mapper, under running I/O, take the present size of what is below it, which has grown first."""
+
 
 @dataclass(frozen=True)
 class Crypt:
@@ -162,7 +165,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Base:
-    """What the volume sees where it has written nothing: the image's data, zeros for its holes and behind it.
+    """What the first `covered` bytes of the volume are until they are written: the image's data, zeros elsewhere.
 
     `opened` opens the image's mapper `image`, and nobody takes that away within it.
     """
@@ -172,7 +175,7 @@ class Base:
     opened: Callable[[], AbstractContextManager[None]]
     extents: Callable[[], Sequence[Extent]]
     size: int
-    capacity: int
+    covered: int
 
     def fits(self, mapper: Mapper) -> bool:
         """Over the image's device; an image of nothing but holes has none under it."""
@@ -185,24 +188,25 @@ class Base:
         with self.opened(), events.step("map"):
             dm.create(self.name, self._table(), readonly=True)
 
-    def load(self) -> None:
-        """Have a table of the present capacity ready."""
-        dm.load(self.name, self._table(), readonly=True)
+    def grow(self) -> None:
+        """An image does not grow."""
 
     def _table(self) -> str:
-        return tables.base(self.extents(), self.size, self.capacity, _there(self.image).number)
+        return tables.base(self.extents(), self.size, self.covered, _there(self.image).number)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The volume: the base, and what was written since in the store; a `fresh` store is cleared first.
+    """The volume: `covered` bytes of the base with what was written since from the store, and the rest from there, too.
 
-    dm-snapshot takes a store whose first chunks read as zeros for a new one; what a new LUKS device shows is noise.
+    A `fresh` store is cleared first: dm-snapshot takes one whose first chunks read as zeros for a new one; what a new
+    LUKS device shows is noise.
     """
 
     name: str
     base: str
     store: str
+    covered: int
     capacity: int
     chunk: int
     fresh: bool = False
@@ -221,12 +225,17 @@ class Snapshot:
                 _revalidate(dm.path(self.store))
             dm.create(self.name, self._table())
 
-    def load(self) -> None:
-        """Have a table of the present capacity ready."""
+    def grow(self) -> None:
+        """Take the present capacity."""
+        dm.clear(self.name)  # what was cut short has left its table, and exceptions are handed over to one only
         dm.load(self.name, self._table())
+        # They are handed over when nothing runs.
+        dm.suspend(self.name)
+        dm.resume(self.name)
 
     def _table(self) -> str:
-        return tables.snapshot(_there(self.base).number, _there(self.store).number, self.capacity, self.chunk)
+        base, store = _there(self.base).number, _there(self.store).number
+        return tables.snapshot(base, store, self.covered, self.capacity, self.chunk)
 
 
 def readonly(volume: str) -> Linear:

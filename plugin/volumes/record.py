@@ -21,6 +21,8 @@ LUKS_HEADER = 16 << 20  # bytes before the payload, as cryptsetup makes it
 class Volume:
     """One volume: `capacity` is what can be used of it in bytes, `chunk` the snapshot's grain in bytes.
 
+    `covered` is how many bytes, from the first on, are the image's until they are written, 0 without an image. What
+    comes behind them lies in the volume's file as it is, behind the snapshot's store.
     `formatted` says that its header, store and filesystem were once made: then nothing is ever formatted again.
     `ephemeral` is the target path of an inline volume, which goes with its publish; "" for any other.
     """
@@ -33,6 +35,7 @@ class Volume:
     chunk: int
     image: str = ""
     image_uuid: str = ""
+    covered: int = 0
     fs_type: str = ""
     mkfs_options: tuple[str, ...] = ()
     parameters: Mapping[str, str] = field(default_factory=dict)
@@ -48,6 +51,8 @@ class Volume:
         """
         known = {item.name for item in fields(cls)}
         values = {key: item for key, item in value.items() if key in known}
+        if value["image"]:  # there was a time when all of a volume was
+            values.setdefault("covered", value["capacity"])
         found = cls(**{**values, "mkfs_options": tuple(value["mkfs_options"]), "directory": directory})
         if not isinstance(found.capacity, int) or not isinstance(found.chunk, int) or found.id != directory.name:
             raise TypeError
@@ -77,8 +82,12 @@ class Volume:
     @property
     def file_size(self) -> int:
         """Bytes that its file must have: they come on top of what can be used."""
-        payload = tables.store_size(self.capacity, self.chunk) if self.image else self.capacity
-        return self.header_size + payload
+        return self.header_size + self.store_size + self.capacity - self.covered
+
+    @property
+    def store_size(self) -> int:
+        """Bytes of its payload that hold what was written over the image."""
+        return tables.store_size(self.covered, self.chunk) if self.image else 0
 
     @property
     def is_reserved(self) -> bool:

@@ -80,6 +80,7 @@ class Volumes:
 
     def _described(self, name: str, capacity: int, wanted: VolumeParameters, image: BackingImage | None) -> Volume:
         volume = names.volume_id(name)
+        covered = min(tables.round_up(image.virtual_size, CHUNK), capacity) if image else 0
         return Volume(
             id=volume,
             name=name,
@@ -89,6 +90,7 @@ class Volumes:
             chunk=CHUNK,
             image=image.name if image else "",
             image_uuid=image.uuid if image else "",
+            covered=covered,
             fs_type=wanted.fs_type,
             mkfs_options=wanted.mkfs_options,
             parameters=wanted.given,

@@ -9,7 +9,7 @@ from plugin import events
 from plugin.errors import EbiError, unavailable
 from plugin.host import dm
 from plugin.volumes import imagemap
-from plugin.volumes.layers import Base, Crypt, Layer, Linear, Snapshot, ensure, is_right
+from plugin.volumes.layers import Layer, ensure, is_right
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Stack:
                 return
 
     def _resume(self) -> None:
-        """Go on where a resize was cut short, from below upwards: a base that was to grow does so first."""
+        """Go on where a resize was cut short, from below upwards."""
         present = [mapper for layer in self.layers if (mapper := dm.find(layer.name))]
         if any(mapper.suspended for mapper in present):
             for mapper in present:
@@ -70,22 +70,11 @@ class Stack:
 
         Raises UNAVAILABLE when the top device has not reached `capacity` bytes afterwards.
         """
-        # The base, too: one whose growth was cut short ends below its snapshot.
-        shown = [dm.find(layer.name) for layer in self.layers if isinstance(layer, Base) or layer.name == self.top]
-        if all(mapper and mapper.size >= capacity > 0 and not mapper.suspended for mapper in shown):
+        mapper = dm.find(self.top)
+        if mapper and mapper.size >= capacity > 0 and not mapper.suspended:
             return
         for layer in self.layers:
-            if isinstance(layer, Crypt | Linear):
-                layer.grow()
-        pair = [layer for layer in self.layers if isinstance(layer, Base | Snapshot)]
-        for layer in pair:
-            dm.clear(layer.name)  # one cut short has left its table, and a snapshot hands over to one only
-            layer.load()
-        if pair:
-            # The snapshot hands its exceptions over to the new table, so it must stand still when the base changes.
-            dm.suspend(self.top)
-            for layer in pair:
-                dm.resume(layer.name)
+            layer.grow()
         mapper = dm.find(self.top)
         if mapper is None or mapper.size < capacity:
             raise unavailable(

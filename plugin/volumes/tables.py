@@ -18,27 +18,27 @@ def round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
 
-def store_size(capacity: int, chunk: int) -> int:
-    """Bytes that a snapshot's store needs so that every chunk of `capacity` bytes can be written; `chunk` in bytes."""
-    data = -(-capacity // chunk)
+def store_size(covered: int, chunk: int) -> int:
+    """Bytes that a snapshot's store needs so that every chunk of `covered` bytes can be written; `chunk` in bytes."""
+    data = -(-covered // chunk)
     areas = data // (chunk // _EXCEPTION) + 1
     return (1 + areas + data) * chunk
 
 
-def base(extents: Iterable[Extent], size: int, capacity: int, image: str) -> str:
-    """The image (`image`: MAJOR:MINOR, `size` bytes) as a device of `capacity` bytes: its data, and zeros elsewhere."""
-    return "\n".join(_segments(extents, size, capacity, image)) + "\n"
+def base(extents: Iterable[Extent], size: int, covered: int, image: str) -> str:
+    """The image (`image`: MAJOR:MINOR, `size` bytes) as a device of `covered` bytes: its data, and zeros elsewhere."""
+    return "\n".join(_segments(extents, size, covered, image)) + "\n"
 
 
-def _segments(extents: Iterable[Extent], size: int, capacity: int, image: str) -> Iterator[str]:
+def _segments(extents: Iterable[Extent], size: int, covered: int, image: str) -> Iterator[str]:
     done = 0
     for start, end in _runs(extents, size):
         if start > done:
             yield f"{done // SECTOR} {(start - done) // SECTOR} zero"
         yield f"{start // SECTOR} {(end - start) // SECTOR} linear {image} {start // SECTOR}"
         done = end
-    if capacity > done:
-        yield f"{done // SECTOR} {(capacity - done) // SECTOR} zero"
+    if covered > done:
+        yield f"{done // SECTOR} {(covered - done) // SECTOR} zero"
 
 
 def _runs(extents: Iterable[Extent], size: int) -> Iterator[tuple[int, int]]:
@@ -57,9 +57,15 @@ def _runs(extents: Iterable[Extent], size: int) -> Iterator[tuple[int, int]]:
         yield start, end
 
 
-def snapshot(base_device: str, store_device: str, capacity: int, chunk: int) -> str:
-    """A persistent snapshot of `base_device`, `capacity` bytes, its exceptions of `chunk` bytes in `store_device`."""
-    return f"0 {capacity // SECTOR} snapshot {base_device} {store_device} P {chunk // SECTOR}\n"
+def snapshot(base_device: str, store_device: str, covered: int, capacity: int, chunk: int) -> str:
+    """A volume of `capacity` bytes: a persistent snapshot of `base_device`, `covered` bytes, its exceptions of `chunk`
+    bytes in `store_device`; what is behind them lies there, behind the exceptions.
+    """
+    head = f"0 {covered // SECTOR} snapshot {base_device} {store_device} P {chunk // SECTOR}\n"
+    if capacity == covered:
+        return head
+    place = store_size(covered, chunk) // SECTOR
+    return head + f"{covered // SECTOR} {(capacity - covered) // SECTOR} linear {store_device} {place}\n"
 
 
 def linear(device: str, size: int) -> str:

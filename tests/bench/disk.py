@@ -2,7 +2,7 @@
 
 All lie on the same disk in preallocated files, through loop devices with direct I/O. "First" is the first time that
 something is written there since the volume was made; for plain dm-crypt that is the first write to what the
-filesystem has only reserved.
+filesystem has only reserved. "Behind" is where the volume is longer than its image.
 """
 
 import json
@@ -23,21 +23,23 @@ from tests.bench.ours import secret
 from tests.bench.result import MIB, Row, Values, table
 
 CHUNKS = (4, 16, 32, 64, 128, 256)  # KiB
-_CAPACITY = 128 * MIB
-_HALF = _CAPACITY // 2
+_IMAGE = 128 * MIB
+_HALF = _IMAGE // 2
+_CAPACITY = _IMAGE + _HALF
 _LEAST = 0.9  # of plain dm-crypt's throughput
 _PLAIN = "ebi-bench-plain"
 _SEQUENTIAL = ["--bs=1m", "--iodepth=4", f"--size={_HALF}"]
 _RANDOM = ["--bs=4k", "--iodepth=16", f"--size={_HALF}", "--time_based", "--runtime=2"]
 # One block in every 256 KiB, the largest chunk: so with each chunk size every write is the first to its chunk.
-_FIRST = ["--bs=4k", "--iodepth=16", "--blockalign=256k", f"--offset={_HALF}", f"--size={_HALF}"]
-_FIRST += [f"--io_size={_HALF // 64}"]
+_FIRST = ["--bs=4k", "--iodepth=16", "--blockalign=256k", f"--size={_HALF}", f"--io_size={_HALF // 64}"]
 # fio's own options of each job, in this order on each new device; and whether the goal is for it.
 _JOBS = {
     "sequential read, untouched": (["--rw=read", *_SEQUENTIAL], True),
     "random 4 KiB read, untouched": (["--rw=randread", *_RANDOM], True),
     "sequential write, first": (["--rw=write", *_SEQUENTIAL], True),
-    "random 4 KiB write, first": (["--rw=randwrite", *_FIRST], False),
+    "random 4 KiB write, first": (["--rw=randwrite", *_FIRST, f"--offset={_HALF}"], False),
+    "random 4 KiB write, first, behind": (["--rw=randwrite", *_FIRST, f"--offset={_IMAGE}"], False),
+    "sequential write, first, behind": (["--rw=write", *_SEQUENTIAL, f"--offset={_IMAGE}"], True),
     "sequential write, after": (["--rw=write", *_SEQUENTIAL], True),
     "random 4 KiB write, after": (["--rw=randwrite", *_RANDOM], True),
     "sequential read, after": (["--rw=read", *_SEQUENTIAL], True),
@@ -49,7 +51,7 @@ def measure(suite: Suite) -> None:
     """Every chunk size against plain dm-crypt, by turns; the rows are of the default chunk size."""
     found: dict[int, list[dict[str, float]]] = {chunk: [] for chunk in CHUNKS}
     plain: list[dict[str, float]] = []
-    with suite.golden("least", content.dense(suite.store.work / "dense.raw", _CAPACITY)) as golden:
+    with suite.golden("least", content.dense(suite.store.work / "dense.raw", _IMAGE)) as golden:
         for _ in range(suite.clock.rounds):
             with _plain(suite) as device:
                 plain.append(_runs(device))

@@ -79,10 +79,10 @@ def _script(suite: Suite, golden: Golden, volume: Volume) -> Script:
     work = suite.store.work / f"script-{os.urandom(4).hex()}"
     work.mkdir()
     image = golden.image
-    base = tables.base(image.extents(), image.virtual_size, volume.capacity, IMAGE)
+    base = tables.base(image.extents(), image.virtual_size, volume.covered, IMAGE)
     store = work / "volume"
     with store.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, volume.file_size)
     script = Script(work, image.disk, store, header.read(image.disk))
-    script.prepare(base, tables.snapshot(BASE, STORE, volume.capacity, volume.chunk))
+    script.prepare(base, tables.snapshot(BASE, STORE, volume.covered, volume.capacity, volume.chunk))
     return script

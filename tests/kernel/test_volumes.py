@@ -4,6 +4,7 @@ import os
 import subprocess
 import threading
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from plugin.host import blockdev, dm, loop, mounts
 from plugin.luks import header
 from plugin.settings import Settings
 from plugin.volumes import AccessMode, Capability
+from plugin.volumes.record import Records
 from tests.kernel.world import CBC, MIB, SECRET, WRONG, Machine, World, file_hash, steps, tree_hash
 
 
@@ -72,12 +74,45 @@ class TestVolumeFromAnImage:
             assert file_hash(target) == written
             assert not machine.volumes.stats("vol", target).condition.abnormal
 
-    def test_raw_device_shows_the_image_and_zeros_behind_it(self, machine: Machine, world: World) -> None:
+    def test_raw_device_shows_the_image(self, machine: Machine, world: World) -> None:
         machine.create("vol", 32 * MIB, world.encrypted)
         with machine.used("vol", block=True) as target:
-            content = target.read_bytes()
-        assert content[: 24 * MIB] == world.plain.path.read_bytes()
-        assert not any(content[24 * MIB :])
+            assert target.read_bytes()[: 24 * MIB] == world.plain.path.read_bytes()
+
+    def test_what_lies_behind_the_image_is_written_as_it_is(self, machine: Machine, world: World) -> None:
+        machine.create("vol", 32 * MIB, world.encrypted)
+        edge = 24 * MIB
+        with machine.used("vol", block=True) as target:
+            before = dm.status("ebi-vol-vol").splitlines()[0]
+            with target.open("r+b", buffering=0) as device:
+                for at in (edge, 32 * MIB - 4096):
+                    device.seek(at)
+                    device.write(os.urandom(4096))
+                os.fsync(device.fileno())
+                assert dm.status("ebi-vol-vol").splitlines()[0] == before
+                device.seek(edge - 4096)
+                device.write(os.urandom(8192))  # across the edge
+                os.fsync(device.fileno())
+            assert dm.status("ebi-vol-vol").splitlines()[0] != before
+            written = file_hash(target)
+        with machine.used("vol", block=True) as target:
+            assert file_hash(target) == written
+
+    def test_of_old_which_its_image_covers_whole_is_used_and_grown(self, machine: Machine, world: World) -> None:
+        made = machine.create("vol", 32 * MIB, world.encrypted)
+        old = replace(made, covered=made.capacity)
+        old.reserve()
+        Records(made.directory.parent).save(old)
+        with machine.used("vol", block=True) as target:
+            machine.volumes.expand("vol", 40 * MIB)
+            machine.volumes.node_expand("vol", target, 40 * MIB)
+            with target.open("r+b", buffering=0) as device:
+                for _ in range(40):
+                    device.write(os.urandom(MIB))
+                os.fsync(device.fileno())
+            written = file_hash(target)
+        with machine.used("vol", block=True) as target:
+            assert file_hash(target) == written
 
     def test_two_share_the_image_and_derive_its_key_once(self, machine: Machine, world: World) -> None:
         for name in ("one", "two"):

@@ -55,7 +55,7 @@ class Node:
         """The volume `vol` with these chunks written, in this order."""
         given = {"encrypted": str(encrypted).lower(), **({"backingImage": image.name} if image else {})}
         made = replace(self.volumes.create("vol", CAPACITY, given), chunk=CHUNK)
-        pieces = written if image is None else _store(written)
+        pieces = written if image is None else _file(made, written)
         os.truncate(made.path, made.header_size)  # what is not written is never read: a hole is as good
         os.truncate(made.path, made.file_size)
         cipher = None
@@ -76,6 +76,13 @@ class Node:
     @property
     def parameters(self) -> SecretParameters:
         return SecretParameters.from_data(self.store.secrets.get("key", NAMESPACE), "it")
+
+
+def _file(volume: Volume, written: Mapping[int, bytes]) -> dict[int, bytes]:
+    """The chunks of the payload of `volume` that holds `written`: in a store over its image, the others behind."""
+    edge, behind = volume.covered // CHUNK, volume.store_size // CHUNK
+    rest = {behind + number - edge: piece for number, piece in written.items() if number >= edge}
+    return rest | _store({number: piece for number, piece in written.items() if number < edge})
 
 
 def _store(written: Mapping[int, bytes], valid: int = 1) -> dict[int, bytes]:
@@ -119,8 +126,8 @@ def node(first: Store, tmp_path: Path) -> Node:
 
 @pytest.fixture
 def written() -> dict[int, bytes]:
-    """300 chunks, most behind one another, the others anywhere, the last of the volume among them."""
-    numbers = [*range(800, 1024), 3, 70, 511, 512, 2, *range(100, 171)]
+    """Some 500 chunks, most behind one another, the others anywhere, the last of the image and of the volume, too."""
+    numbers = [*range(800, 1024), 3, 70, 511, 512, 2, *range(100, 400)]
     return {number: os.urandom(CHUNK) for number in numbers}
 
 

@@ -1,5 +1,6 @@
 """The records of volumes, without any device."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,16 @@ class TestNames:
 
 
 def test_a_store_is_larger_than_the_volume_by_its_metadata(tmp_path: Path) -> None:
-    volume = Volume("v", "v", 1 << 30, True, "", 64 << 10, image="parrot", directory=tmp_path)
+    volume = Volume("v", "v", 1 << 30, True, "", 64 << 10, image="parrot", covered=1 << 28, directory=tmp_path)
     payload = volume.file_size - (16 << 20)
-    assert payload == (1 << 30) + (1 + 16384 // 4096 + 1) * (64 << 10)
+    assert payload == (1 << 30) + (1 + 4096 // 4096 + 1) * (64 << 10)
+
+
+def test_a_volume_of_old_is_covered_whole_and_grows_behind(tmp_path: Path) -> None:
+    volume = Volume("v", "v", 1 << 30, True, "", 64 << 10, image="parrot", covered=1 << 28, directory=tmp_path / "v")
+    kept = volume.to_json()
+    assert Volume.from_json(kept, volume.directory) == volume
+    del kept["covered"]
+    old = Volume.from_json(kept, volume.directory)
+    assert old.covered == old.capacity
+    assert replace(old, capacity=2 << 30).file_size == old.file_size + (1 << 30)

@@ -96,5 +96,7 @@ class TestBase:
 
 
 def test_snapshot_and_linear() -> None:
-    assert tables.snapshot("253:1", "253:2", MIB, 64 << 10) == "0 2048 snapshot 253:1 253:2 P 128\n"
+    assert tables.snapshot("253:1", "253:2", MIB, MIB, 64 << 10) == "0 2048 snapshot 253:1 253:2 P 128\n"
+    with_rest = tables.snapshot("253:1", "253:2", MIB, 3 * MIB, 64 << 10)
+    assert with_rest == f"0 2048 snapshot 253:1 253:2 P 128\n2048 4096 linear 253:2 {(1 + 1 + 16) * 128}\n"
     assert tables.linear("7:0", MIB) == "0 2048 linear 7:0 0\n"
