@@ -36,8 +36,9 @@ class Controller(csi_pb2_grpc.ControllerServicer):
         self, request: csi_pb2.ControllerGetCapabilitiesRequest, context: ServicerContext
     ) -> csi_pb2.ControllerGetCapabilitiesResponse:
         """What this service can do."""
+        offered = [one for one in _CAPABILITIES if one != _Rpc.EXPAND_VOLUME or self._settings.controller_expand]
         return csi_pb2.ControllerGetCapabilitiesResponse(
-            capabilities=[csi_pb2.ControllerServiceCapability(rpc=_Rpc(type=one)) for one in _CAPABILITIES]
+            capabilities=[csi_pb2.ControllerServiceCapability(rpc=_Rpc(type=one)) for one in offered]
         )
 
     def CreateVolume(

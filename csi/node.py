@@ -120,8 +120,9 @@ class Node(csi_pb2_grpc.NodeServicer):
     def NodeExpandVolume(
         self, request: csi_pb2.NodeExpandVolumeRequest, context: ServicerContext
     ) -> csi_pb2.NodeExpandVolumeResponse:
-        """Have devices and filesystem take the space that the controller reserved; needs no secret."""
+        """Have devices and filesystem take the size that is asked for, its space reserved; needs no secret."""
         volume = convert.required(request.volume_id, "volume_id")
         where = convert.path(request.volume_path, "volume_path")
-        least, _ = convert.capacity(request.capacity_range)
-        return csi_pb2.NodeExpandVolumeResponse(capacity_bytes=self._volumes.node_expand(volume, where, least))
+        least, most = convert.capacity(request.capacity_range)
+        size = self._volumes.node_expand(volume, where, least, limit=most)
+        return csi_pb2.NodeExpandVolumeResponse(capacity_bytes=size)

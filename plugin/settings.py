@@ -43,6 +43,10 @@ class Settings:
     device_template: str = _setting(
         "/dev/longhorn/{volume}", "the path at which another system attaches the device of a volume"
     )
+    controller_expand: bool = _setting(
+        True,
+        "offer ControllerExpandVolume; false where one resizer serves several nodes: NodeExpandVolume then grows alone",
+    )
     target_root: str = _setting("", "stage and publish only below this directory; empty: anywhere")
     unlock_memory: int = _setting(
         0, "MiB that key derivations may take together; 0: half of what this process may have"

@@ -30,6 +30,7 @@ def add(commands: Any) -> None:
         "grace_seconds",
         "workers",
         "device_template",
+        "controller_expand",
         "target_root",
         "unlock_memory",
         "allow_loopback",

@@ -7,10 +7,9 @@ from plugin.images import BackingImage, State
 from plugin.images.manifest import Spec
 from plugin.volumes import tables
 from plugin.volumes.parameters import VolumeParameters
-from plugin.volumes.record import Volume
+from plugin.volumes.record import GRAIN, Volume
 
 DEFAULT_CAPACITY = 1 << 30
-GRAIN = 4096  # capacities are whole sectors of the largest size
 _XFS_LEAST = 300 << 20
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plugin import events
-from plugin.errors import EbiError, exists, not_found, out_of_range, precondition
+from plugin.errors import EbiError, exists, not_found, precondition
 from plugin.host import blockdev, dm, mounts
 from plugin.host.lock import locked
 from plugin.images import BackingImage, Images
@@ -204,10 +204,10 @@ class Node:
                     mounts.unmount(staging)
             take_down(names.mappers(volume))
 
-    def expand(self, volume: str, path: Path, capacity: int) -> int:
-        """Have the mapped volume and its filesystem take the volume's present size; returns that, in bytes.
+    def expand(self, volume: str, path: Path, capacity: int, limit: int) -> int:
+        """Have the volume be of at least `capacity` bytes, and its devices and filesystem take its size; returns that.
 
-        Raises OUT_OF_RANGE when `capacity` is more than the volume was made or grown to.
+        The space is reserved here where no controller has done it: see decision 041.
         """
         with self.operation(volume):
             self.must_exist(volume)
@@ -217,11 +217,8 @@ class Node:
             if mapper is None or (shown and where not in shown):
                 raise not_found(f"volume {volume} is not at {path}", "stage and publish it first")
             record = self.records.find(volume)
-            if record is not None and capacity > record.capacity:
-                raise out_of_range(
-                    f"volume {volume} has {record.capacity} bytes, {capacity} are asked for",
-                    "ControllerExpandVolume comes first",
-                )
+            if record is not None:
+                record = self.records.grow(record, capacity, limit=limit)
             stack = self.stack(volume)
             wanted = record.capacity if record is not None else self._attached_size(volume, mapper, capacity)
             writable = next((mount for mount in usage.filesystems(volume) if not mount.readonly), None)

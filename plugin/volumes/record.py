@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-from plugin.errors import EbiError, not_found, precondition
+from plugin.errors import EbiError, not_found, out_of_range, precondition
 from plugin.host import dm, files
 from plugin.host.files import read_json, write_json
 from plugin.volumes import names, tables
@@ -14,6 +14,7 @@ from plugin.volumes import names, tables
 RECORD = "record.json"
 DATA = "volume.img"
 STAGING = "staging"
+GRAIN = 4096  # capacities are whole sectors of the largest size
 LUKS_HEADER = 16 << 20  # bytes before the payload, as cryptsetup makes it
 
 
@@ -213,6 +214,23 @@ class Records:
 
     def _names(self) -> list[str]:
         return sorted(entry.name for entry in self.root.iterdir() if entry.is_dir()) if self.root.is_dir() else []
+
+    def grow(self, volume: Volume, capacity: int, *, limit: int = 0) -> Volume:
+        """Have `volume` be of at least `capacity` bytes, at most `limit` (0: no bound), its space reserved.
+
+        It never shrinks. Raises OUT_OF_RANGE, EXHAUSTED.
+        """
+        wanted = max(volume.capacity, tables.round_up(capacity, GRAIN))
+        if limit and wanted > limit:
+            raise out_of_range(
+                f"volume {volume.id} has {volume.capacity} bytes, {capacity} to {limit} are asked for",
+                "a volume does not shrink; sizes are multiples of 4096 bytes",
+            )
+        if wanted == volume.capacity:
+            return volume
+        grown = replace(volume, capacity=wanted)
+        grown.reserve()
+        return self.save(grown)
 
     def save(self, volume: Volume, **changes: Any) -> Volume:
         """Keep `volume` with `changes`, on the disk when this returns."""

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from plugin import findings
-from plugin.errors import EbiError, Kind, invalid, out_of_range, precondition
+from plugin.errors import EbiError, Kind, invalid, precondition
 from plugin.findings import Finding
 from plugin.host import dm, files, mounts
 from plugin.host.lock import is_locked, locked
@@ -170,18 +170,7 @@ class Volumes:
         Returns the capacity then, which is never less than before. Raises NOT_FOUND, OUT_OF_RANGE, EXHAUSTED.
         """
         with self._node.operation(volume):
-            record = self._records.get(volume)
-            wanted = max(record.capacity, tables.round_up(capacity, fit.GRAIN))
-            if limit and wanted > limit:
-                raise out_of_range(
-                    f"volume {volume} has {record.capacity} bytes, {capacity} to {limit} are asked for",
-                    "a volume does not shrink; sizes are multiples of 4096 bytes",
-                )
-            if wanted > record.capacity:
-                grown = replace(record, capacity=wanted)
-                grown.reserve()
-                self._records.save(grown)
-            return wanted
+            return self._records.grow(self._records.get(volume), capacity, limit=limit).capacity
 
     def stage(
         self,
@@ -242,9 +231,12 @@ class Volumes:
         self._node.unstage(record.id, record.staging)
         self.delete(record.id)
 
-    def node_expand(self, volume: str, path: Path, capacity: int) -> int:
-        """Have the mapped volume at `path` take its present size; returns that in bytes."""
-        return self._node.expand(volume, path, capacity)
+    def node_expand(self, volume: str, path: Path, capacity: int, *, limit: int = 0) -> int:
+        """Have the mapped volume at `path` be of at least `capacity` bytes, and take its size; returns that in bytes.
+
+        Raises NOT_FOUND, OUT_OF_RANGE, EXHAUSTED, UNAVAILABLE where a device did not follow.
+        """
+        return self._node.expand(volume, path, capacity, limit)
 
     def stats(self, volume: str, path: Path) -> stats.Stats:
         """How full and how well the volume at `path` is. Raises NOT_FOUND."""

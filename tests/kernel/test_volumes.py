@@ -422,10 +422,20 @@ class TestExpand:
         with machine.used("vol", block=True) as target:
             assert file_hash(target) == written
 
-    def test_is_refused_on_the_node_before_the_controller_made_room(self, machine: Machine) -> None:
-        machine.create("vol", 32 * MIB)
-        with machine.used("vol") as target, failure(Kind.OUT_OF_RANGE):
-            machine.volumes.node_expand("vol", target, 64 * MIB)
+    @pytest.mark.parametrize("block", [False, True])
+    def test_by_the_node_alone(self, machine: Machine, world: World, block: bool) -> None:
+        machine.create("vol", 32 * MIB, world.encrypted)
+        with machine.used("vol", block=block) as target:
+            for _ in range(2):
+                assert machine.volumes.node_expand("vol", target, 64 * MIB) == 64 * MIB
+            assert blockdev.size(dm.path("ebi-vol-vol")) == machine.volumes.get("vol").capacity == 64 * MIB
+            assert machine.volumes.get("vol").is_reserved
+            assert machine.volumes.stats("vol", target).total_bytes > 50 * MIB
+            with failure(Kind.OUT_OF_RANGE):
+                machine.volumes.node_expand("vol", target, 48 * MIB, limit=48 * MIB)
+            with failure(Kind.EXHAUSTED, "no space for"):
+                machine.volumes.node_expand("vol", target, 1 << 50)
+            assert machine.volumes.node_expand("vol", target, 0) == 64 * MIB
 
     def test_is_never_a_shrink(self, machine: Machine) -> None:
         machine.create("vol", 64 * MIB)

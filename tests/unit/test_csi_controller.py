@@ -154,6 +154,15 @@ def test_a_volume_grows_and_never_shrinks(node: Node) -> None:
     assert [one.volume.capacity_bytes for one in listed if one.volume.volume_id == "pvc-grow"] == [4 * MIB]
 
 
+@pytest.mark.parametrize("offered", [True, False])
+def test_growing_by_the_controller_is_offered_or_left_to_the_node(offered: bool) -> None:
+    with running(controller_expand=offered) as node:
+        found = node.controller.ControllerGetCapabilities(csi_pb2.ControllerGetCapabilitiesRequest()).capabilities
+        assert (csi_pb2.ControllerServiceCapability.RPC.EXPAND_VOLUME in [one.rpc.type for one in found]) is offered
+        found = node.node.NodeGetCapabilities(csi_pb2.NodeGetCapabilitiesRequest()).capabilities
+        assert csi_pb2.NodeServiceCapability.RPC.EXPAND_VOLUME in [one.rpc.type for one in found]
+
+
 def test_growing_needs_a_volume_and_a_size(node: Node) -> None:
     assert code(lambda: expand(node, "pvc-nowhere", MIB)) == "NOT_FOUND"
     none = csi_pb2.ControllerExpandVolumeRequest(volume_id="pvc-1")

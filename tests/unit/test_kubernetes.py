@@ -185,8 +185,9 @@ class TestPod:
         assert given["immediate-topology"] == "false"
         assert {one["name"] for one in CONTAINERS["csi-provisioner"]["env"]} == {"NODE_NAME", "POD_NAME", "NAMESPACE"}
 
-    def test_one_resizer_works_at_a_time(self) -> None:
+    def test_one_resizer_works_at_a_time_and_calls_no_controller(self, settings: Settings) -> None:
         assert flags("csi-resizer")["leader-election"] == "true"
+        assert not settings.controller_expand
 
 
 class TestSelfRegistered:
