@@ -7,7 +7,8 @@ from pathlib import Path
 from plugin.errors import EbiError
 from plugin.host.run import environment, run
 
-_TOOLS = ("cryptsetup", "dmsetup", "blkid", "mount", "mkfs.ext4")
+# Those of XFS and btrfs are missed when a volume wants them.
+_TOOLS = ("cryptsetup", "dmsetup", "blkid", "mount", "mkfs.ext4", "e2fsck", "resize2fs")
 _TARGETS = ("crypt", "snapshot", "zero", "linear")
 # The device node, and the module that makes it.
 _NODES = {Path("/dev/mapper/control"): "dm-mod", Path("/dev/loop-control"): "loop"}

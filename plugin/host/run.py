@@ -21,6 +21,10 @@ log = logging.getLogger(__name__)
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
+# Where Debian has the programs that a node may do without until a volume wants them.
+_PACKAGES = {"mkfs.xfs": "xfsprogs", "xfs_growfs": "xfsprogs", "mkfs.btrfs": "btrfs-progs", "btrfs": "btrfs-progs"}
+
+
 class CommandError(EbiError):
     """A program that failed: `returncode` is its exit status (negative: the signal), `stderr` its own words."""
 
@@ -60,9 +64,9 @@ def run(
             list(argv), input=stdin, capture_output=True, pass_fds=tuple(fds), env=environment(env), check=False
         )
     except FileNotFoundError as error:
-        raise EbiError(
-            f"{argv[0]}: no such program", kind=Kind.UNAVAILABLE, hint="install the package that holds it"
-        ) from error
+        package = _PACKAGES.get(argv[0])
+        hint = "install the package that holds it" + (f" (Debian: {package})" if package else "")
+        raise EbiError(f"{argv[0]}: no such program", kind=Kind.UNAVAILABLE, hint=hint) from error
     log.debug("ran %s: %d in %.3f s", shlex.join(argv), done.returncode, time.monotonic() - start)
     if done.returncode not in tuple(ok):
         raise CommandError(argv, done.returncode, done.stderr.decode(errors="replace"))

@@ -1,5 +1,6 @@
 """What kubelet asks beside CSI: who is there, and how it is."""
 
+import os
 import socket
 import stat
 import subprocess
@@ -132,6 +133,22 @@ class TestHealth:
 
 
 class TestRequirements:
+    def test_name_a_permission(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        node = tmp_path / "control"
+        node.touch(mode=0o600)
+        monkeypatch.setattr(requirements, "_TOOLS", ())
+        monkeypatch.setattr(requirements, "_NODES", {node: "dm-mod"})
+        if os.geteuid() == 0:
+            for parent in (tmp_path, *tmp_path.parents[:3]):
+                parent.chmod(0o755)
+            os.seteuid(65534)
+        else:
+            node.chmod(0)
+        try:
+            assert requirements.missing() == [f"the permission to open {node}"]
+        finally:
+            os.seteuid(os.getuid())
+
     def test_name_what_is_missing_by_its_kind(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         closed = tmp_path / "closed"
         closed.mkdir()

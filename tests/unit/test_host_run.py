@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from plugin.errors import EbiError, Kind
+from plugin.host import run as gateway
 from plugin.host.run import CommandError, at_the_end
 
 
@@ -38,3 +40,12 @@ def test_runs_when_the_process_is_killed_in_the_block(tmp_path: Path) -> None:
 def test_a_failure_is_told() -> None:
     with pytest.raises(CommandError, match="false exited with 1"), at_the_end(["false"]):
         pass
+
+
+def test_a_program_that_is_not_there_is_told_with_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "_PATH", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EbiError, match=r"mkfs\.xfs: no such program") as caught:
+        gateway.run(["mkfs.xfs", "/dev/null"])
+    assert caught.value.kind is Kind.UNAVAILABLE
+    assert caught.value.hint == "install the package that holds it (Debian: xfsprogs)"
