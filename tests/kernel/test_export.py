@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from plugin.errors import EbiError, Kind
 from plugin.host import dm, mounts, udev
 from plugin.images import BackingImage, DocumentSecrets, Images
 from plugin.settings import Settings
@@ -104,6 +105,19 @@ def test_encrypted_volume_in_use_is_exported_and_starts_new_volumes(machine: Mac
         machine.unstage("new")
         machine.volumes.delete("new")
         remove(machine, source.name)
+
+
+def test_abnormal_volume_is_not_exported(machine: Machine, world: World) -> None:
+    machine.create("vol", 26 * MIB, world.plain)
+    with machine.used("vol", block=True):
+        dm.suspend("ebi-base-vol")
+        try:
+            with pytest.raises(EbiError, match="can't be exported: the device ebi-base-vol is suspended") as refused:
+                exported(machine, "never")
+        finally:
+            dm.resume("ebi-base-vol")
+        assert refused.value.kind is Kind.PRECONDITION
+        remove(machine, "never")
 
 
 @pytest.fixture

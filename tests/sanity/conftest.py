@@ -1,5 +1,7 @@
 """csi-sanity's counts, below pytest's own."""
 
+from collections.abc import Mapping
+
 import pytest
 
 from tests.kernel.conftest import home
@@ -17,7 +19,10 @@ def tell() -> dict[str, Report]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    told: Mapping[str, int] = {}
     for name, report in reports.items():
         terminalreporter.write_line(f"csi-sanity, {name}: {report}")
-        for reason, count in sorted(report.skipped.items()):
-            terminalreporter.write_line(f"    {count:3} skipped: {reason}")
+        if report.skipped != told:  # they are the same for most
+            told = report.skipped
+            for reason, count in sorted(told.items()):
+                terminalreporter.write_line(f"    {count:3} skipped: {reason}")

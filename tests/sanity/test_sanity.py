@@ -1,4 +1,4 @@
-"""The whole of csi-sanity against `ebi serve`, with an encrypted, image-backed StorageClass.
+"""The whole of csi-sanity against `ebi serve`, for every sort of volume that a StorageClass can ask for.
 
 The binary is found by EBI_CSI_SANITY, or where `make setup` puts it; EBI_TEST_DIR names a directory for the data.
 """
@@ -25,7 +25,8 @@ MIB = 1 << 20
 ROOT = Path(__file__).parents[2]
 BINARY = os.environ.get("EBI_CSI_SANITY", str(Path(os.environ.get("EBI_CACHE", ROOT / ".cache")) / "bin/csi-sanity"))
 SECRET = {"CRYPTO_KEY_VALUE": "sanity", "CRYPTO_PBKDF": "pbkdf2", "CRYPTO_PBKDF_FORCE_ITERATIONS": "1000"}
-IMAGE = "parrot-cloned-encrypted"
+# By whether it is encrypted: the image of deploy/examples that a volume starts from.
+IMAGES = {True: "parrot-cloned-encrypted", False: "parrot"}
 # csi-sanity knows no secret for NodeExpandVolume, and we need none.
 CALLS = ("CreateVolume", "DeleteVolume", "NodeStageVolume", "NodePublishVolume", "ControllerExpandVolume")
 SECRETS = {f"{call}Secret": SECRET for call in (*CALLS, "ControllerValidateVolumeCapabilities")}
@@ -38,8 +39,8 @@ def write(path: Path, document: object) -> Path:
     return path
 
 
-def make_image(node: Node, work: Path) -> None:
-    """A small encrypted golden image, by the manifests of deploy/examples."""
+def make_images(node: Node, work: Path) -> None:
+    """A small golden image, plain and encrypted, by the manifests of deploy/examples."""
     tree, raw = work / "tree", work / "golden.raw"
     tree.mkdir()
     golden.fill_tree(Path(golden.__file__).parent, tree, MIB)
@@ -52,9 +53,8 @@ def make_image(node: Node, work: Path) -> None:
         images.apply(yaml.safe_load(manifest.read_text()), DocumentSecrets([secret]))
 
 
-def csi_sanity(node: Node, work: Path, access: str) -> Report:
-    """Run it; its own words go to our output."""
-    parameters = {"encrypted": "true", "backingImage": IMAGE, "numberOfReplicas": "3", "staleReplicaTimeout": "2880"}
+def csi_sanity(node: Node, work: Path, access: str, parameters: dict[str, str]) -> Report:
+    """Run it with the `parameters` of a StorageClass; its own words go to our output."""
     report = work / "junit.xml"
     command = [
         BINARY,
@@ -77,14 +77,21 @@ def csi_sanity(node: Node, work: Path, access: str) -> Report:
 
 
 @pytest.mark.parametrize("access", ["mount", "block"])
-def test_csi_sanity_finds_nothing_and_nothing_is_left(home: Path, tell: dict[str, Report], access: str) -> None:
+@pytest.mark.parametrize("start", ["image", "blank"])
+@pytest.mark.parametrize("encrypted", [True, False], ids=["encrypted", "plain"])
+def test_csi_sanity_finds_nothing_and_nothing_is_left(
+    home: Path, tell: dict[str, Report], access: str, start: str, encrypted: bool
+) -> None:
     node = Node(home)
-    make_image(node, home)
+    parameters = {"encrypted": str(encrypted).lower(), "numberOfReplicas": "3", "staleReplicaTimeout": "2880"}
+    if start == "image":
+        make_images(node, home)
+        parameters["backingImage"] = IMAGES[encrypted]
     with node.server(), connected(node.socket) as channel:
-        report = csi_sanity(node, home, access)
+        report = csi_sanity(node, home, access, parameters)
         left = csi_pb2_grpc.ControllerStub(channel).ListVolumes(csi_pb2.ListVolumesRequest()).entries
         mapped = [mapper.name for mapper in dm.every(udev.PREFIX)]
-    tell[f"encrypted volumes from an encrypted image, {access}"] = report
+    tell[f"{'encrypted' if encrypted else 'plain'}, {start}, {access}"] = report
     assert not report.failed, node.log.read_text()[-20_000:]
     assert report.passed
     assert not [reason for reason in report.skipped if not any(word in reason for word in NOT_OFFERED)]
