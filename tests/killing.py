@@ -1,29 +1,34 @@
 """An operation in a child process that kills itself at a chosen boundary, before what changes something.
 
-That is where a program is started, a file written, renamed, removed or synced, a device asked, something mounted. It
-dies by SIGKILL: nothing gets the chance to clean up.
+That is where a program is started, a file written, renamed, removed or synced, a device asked, something mounted, work
+given to the workers or taken from them. It dies by SIGKILL: nothing gets the chance to clean up.
 """
 
 import os
 import signal
 import sys
-import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from plugin.host import budget, mounts, udev
+from plugin.images import engine
 
 # sys.addaudithook(3) tells of these before they happen.
 PROGRAMS = frozenset({"subprocess.Popen"})
 EVERYTHING = PROGRAMS | {
-    "fcntl.ioctl", "open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "shutil.rmtree",
+    "fcntl.ioctl", "open", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "shutil.rmtree",
 }  # fmt: skip
 
 
 def child(action: Callable[[], object]) -> int:
-    """Run `action` in a child process, which is what a new server would be; returns its wait status."""
+    """Run `action` in a child process, which is what a new server would be; returns its wait status.
+
+    No process of it is left then: a service manager, too, sees to that before it starts a server again.
+    """
     with warnings.catch_warnings():  # of a fork in a process with threads: the child needs none of them
         warnings.simplefilter("ignore", DeprecationWarning)
         pid = os.fork()
@@ -32,12 +37,35 @@ def child(action: Callable[[], object]) -> int:
         try:
             udev._the_watch.cache_clear()  # its thread stayed with our parent
             budget._the_budget.cache_clear()
+            os.setsid()  # so that what it leaves can be told
             action()
             status = 0
         except BaseException:
             traceback.print_exc(file=sys.stderr)
         os._exit(status)
-    return os.waitpid(pid, 0)[1]
+    status = os.waitpid(pid, 0)[1]
+    wait_for_session(pid)
+    return status
+
+
+def wait_for_session(session: int) -> None:
+    """Return when no process of `session` lives any more, which must be in a moment."""
+    deadline = time.monotonic() + 10
+    while left := _members(session):
+        assert time.monotonic() < deadline, f"processes {left} outlive their parent"
+        time.sleep(0.005)
+
+
+def _members(session: int) -> list[str]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(stat.parent.name)
+    return found
 
 
 def killed_at(number: int, action: Callable[[], object], kinds: frozenset[str] = EVERYTHING) -> bool:
@@ -56,12 +84,10 @@ def killed_at(number: int, action: Callable[[], object], kinds: frozenset[str] =
 
 
 def _arm(number: int, kinds: frozenset[str]) -> None:
-    left, thread = number, threading.get_ident()
+    left = number
 
-    def boundary() -> None:
+    def boundary() -> None:  # in whatever thread: a header is made beside the payload
         nonlocal left
-        if threading.get_ident() != thread:
-            return
         if not left:
             os.kill(os.getpid(), signal.SIGKILL)
         left -= 1
@@ -87,3 +113,5 @@ def _arm(number: int, kinds: frozenset[str]) -> None:
         os.fsync = before(os.fsync)
         os.pwrite = before(os.pwrite)
         os.posix_fallocate = before(os.posix_fallocate)
+        engine._Team.give = before(engine._Team.give)  # type: ignore[method-assign]
+        engine._Team.take = before(engine._Team.take)  # type: ignore[method-assign]

@@ -40,9 +40,9 @@ def export(
     What a killed export to it has left beside it goes.
     Raises NOT_FOUND, PRECONDITION for an image that is not ready, EXISTS for a file that is there, INVALID.
     """
+    _sweep(file)  # first: a kill behind its last step leaves both
     if file.exists():
         raise _taken(file)
-    _sweep(file)
     with images.ready(name) as image:
         image.check_file()
         todo = _chosen(image, form, secret, dense=dense, decrypt=decrypt)

@@ -315,8 +315,8 @@ class Images:
             _clear(directory)
             self._catalog.save(image.changed(state=State.FAILED, message=_INTERRUPTED))
         else:
-            for partial in directory.rglob("*.partial"):
-                partial.unlink()
+            for left in (*directory.rglob("*.partial"), *directory.rglob(space.CLAIM)):
+                left.unlink()
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[Path]:

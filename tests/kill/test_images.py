@@ -18,11 +18,12 @@ import zstandard
 
 from plugin import cli
 from plugin.errors import EbiError, Kind
-from plugin.images import BackingImage, Images, formats
-from plugin.images.formats import Format
+from plugin.images import BackingImage, Images
 from plugin.luks import header
 from plugin.settings import Settings
 from tests.demo import golden
+from tests.killing import wait_for_session
+from tests.unit.conftest import disk_hash
 
 MIB = 1 << 20
 SIZE = 24 * MIB
@@ -138,19 +139,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return Store(tmp_path_factory.mktemp("kill"))
 
 
-def session_members(session: int) -> list[str]:
-    """The processes of a session that still live."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[3]) == session and fields[0] != "Z":
-            found.append(stat.parent.name)
-    return found
-
-
 class Killer:
     """Starts a command over and over, and kills it at a random moment of the time that it takes."""
 
@@ -175,10 +163,7 @@ class Killer:
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
-            deadline = time.monotonic() + 10
-            while left := session_members(process.pid):  # workers die with their parent, in a moment
-                assert time.monotonic() < deadline, f"processes {left} outlive their parent"
-                time.sleep(0.005)
+            wait_for_session(process.pid)  # workers die with their parent
             self.killed += 1
 
 
@@ -224,19 +209,6 @@ def test_a_kill_at_any_moment_is_followed_by_success(store: Store, operation: st
     assert killer.killed > EACH // 8, "most rounds ended before their kill"
 
 
-def disk_hash(path: Path) -> str:
-    """The SHA-512 of the disk in the file `path`, whatever its format."""
-    form = formats.detect(path)
-    key = header.volume_key(path, b"key", str(path)) if form is Format.LUKS else None
-    found = hashlib.sha512()
-    with formats.opened(path, form, key) as source:
-        for at in range(0, source.size, MIB):
-            piece = bytearray(min(MIB, source.size - at))
-            source.read(memoryview(piece), at)
-            found.update(piece)
-    return found.hexdigest()
-
-
 @pytest.mark.parametrize("name", EXPORTS)
 def test_a_killed_export_leaves_no_file_or_a_whole_one(store: Store, name: str) -> None:
     directory = store.work / name
@@ -251,7 +223,7 @@ def test_a_killed_export_leaves_no_file_or_a_whole_one(store: Store, name: str) 
         if not out.exists():
             store.ebi(*command)
         assert list(directory.iterdir()) == [out], where
-        assert disk_hash(out) == store.plain, where
+        assert disk_hash(out, b"key") == store.plain, where
         out.unlink()
     assert killer.killed > EACH // 8, "most rounds ended before their kill"
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from plugin.errors import EbiError
-from plugin.images import BackingImage, DocumentSecrets, Images
+from plugin.images import BackingImage, DocumentSecrets, Images, formats
+from plugin.images.formats import Format
 from plugin.luks import header
 from plugin.luks.parameters import Pbkdf, SecretParameters
 from plugin.settings import Settings
@@ -72,6 +73,19 @@ def sha512(path: Path) -> str:
     """128 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha512").hexdigest()
+
+
+def disk_hash(path: Path, passphrase: bytes = PASSPHRASE) -> str:
+    """The SHA-512 of the disk in the file, whatever its format."""
+    form = formats.detect(path)
+    key = header.volume_key(path, passphrase, str(path)) if form is Format.LUKS else None
+    found = hashlib.sha512()
+    with formats.opened(path, form, key) as source:
+        for at in range(0, source.size, MIB):
+            piece = bytearray(min(MIB, source.size - at))
+            source.read(memoryview(piece), at)
+            found.update(piece)
+    return found.hexdigest()
 
 
 @dataclass
