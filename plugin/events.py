@@ -1,13 +1,23 @@
 """What the driver tells of itself while it works: timed steps, image operations, kernel events.
 
-The driver publishes; metrics and logs subscribe. So neither is known below the faces.
+The driver publishes; metrics subscribe. So they are not known below the faces. The log tells of a step that takes long
+while it goes on.
 """
 
+import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import TypeAlias
+
+from plugin import logs
+
+log = logging.getLogger(__name__)
+
+_TELL_AFTER = 10.0  # seconds, then twice as many, and so on
 
 
 @dataclass(frozen=True)
@@ -67,9 +77,20 @@ def publish(event: Event) -> None:
 def step(name: str) -> Iterator[None]:
     """Time the block as the step `name`, failed if it raises."""
     start = time.monotonic()
-    ok = False
+    ok, ended = False, threading.Event()
+    # In our context, so that its lines belong to our call.
+    threading.Thread(target=copy_context().run, args=(_tell, name, start, ended), name="step", daemon=True).start()
     try:
         yield
         ok = True
     finally:
+        ended.set()
         publish(Step(name, time.monotonic() - start, ok))
+
+
+def _tell(name: str, start: float, ended: threading.Event) -> None:
+    """Have the log tell now and then that the step `name` goes on, until it has `ended`."""
+    wait = _TELL_AFTER
+    while not ended.wait(wait):
+        log.info("still at the step %s after %.0f s%s", name, time.monotonic() - start, logs.whose())
+        wait *= 2

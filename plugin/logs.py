@@ -28,6 +28,12 @@ def context(**fields: str) -> Iterator[None]:
         _fields.reset(token)
 
 
+def whose() -> str:
+    """The fields of `context` for the end of a line of text, where that does not say by itself whose it is."""
+    fields = _fields.get({})
+    return f" ({', '.join(f'{name} {value!a}' for name, value in fields.items())})" if fields else ""
+
+
 def configure(level: str, form: str = "text") -> None:
     """Log to standard error from `level` (debug, info, warning, error) up, as `form` says: text or json.
 

@@ -146,8 +146,7 @@ class Node:
         # Somebody has punched holes, through the raw device or from outside. The data is whole all the same.
         log.warning("%s has lost blocks that were reserved for it", record.described)
         try:
-            with events.step("reserve"):
-                record.reserve()
+            record.reserve()
         except EbiError as error:
             log.warning("%s", error)
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
+from plugin import events
 from plugin.errors import EbiError, not_found, out_of_range, precondition
 from plugin.host import dm, files
 from plugin.host.files import read_json, write_json
@@ -117,8 +118,9 @@ class Volume:
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         before = os.fstat(fd).st_size
         try:
-            files.preallocate(fd, self.file_size, self.described)
-            os.fsync(fd)
+            with events.step("reserve"):
+                files.preallocate(fd, self.file_size, self.described)
+                os.fsync(fd)
         except BaseException:
             if before < self.file_size:
                 os.ftruncate(fd, before)  # gives back what was reserved until the space ran out

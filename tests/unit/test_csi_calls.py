@@ -6,6 +6,7 @@ import logging
 import re
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr
@@ -172,21 +173,53 @@ def test_every_call_is_counted_with_its_code_and_its_time() -> None:
     assert all(0 < call.seconds < 60 for call in calls)
 
 
-def test_lines_of_the_driver_itself_tell_the_call_and_the_volume_they_belong_to() -> None:
-    logger, out = logging.getLogger("plugin.test"), io.StringIO()
-
-    def behaviour(request: Any, context: Any) -> Any:
-        logger.warning("something")
-        return csi_pb2.NodeStageVolumeResponse()
-
-    before = logging.root.handlers[:]
+def logged(form: str, behaviour: Callable[[Any, Any], Any]) -> list[str]:
+    """The lines that one NodeStageVolume logs."""
+    before, out = logging.root.handlers[:], io.StringIO()
     with redirect_stderr(out):
-        logs.configure("info", "json")
+        logs.configure("info", form)
     try:
         with serving(behaviour) as node:
             node.NodeStageVolume(STAGE)
     finally:
         logging.root.handlers[:] = before
-    lines = [json.loads(line) for line in out.getvalue().splitlines()]
-    (line,) = [line for line in lines if line["logger"] == "plugin.test"]
+    return out.getvalue().splitlines()
+
+
+def test_lines_of_the_driver_itself_tell_the_call_and_the_volume_they_belong_to() -> None:
+    def behaviour(request: Any, context: Any) -> Any:
+        logging.getLogger("plugin.test").warning("something")
+        return csi_pb2.NodeStageVolumeResponse()
+
+    (line,) = [line for text in logged("json", behaviour) if (line := json.loads(text))["logger"] == "plugin.test"]
     assert (line["request_id"], line["method"], line["volume"]) == ("1", "NodeStageVolume", "pvc-1")
+
+
+class TestLongSteps:
+    """What takes long is told of while it does."""
+
+    @staticmethod
+    def stage(request: Any, context: Any) -> Any:
+        with events.step("quick"):
+            pass
+        with events.step("fsck"):
+            time.sleep(0.9)
+        time.sleep(0.5)
+        return csi_pb2.NodeStageVolumeResponse()
+
+    @pytest.fixture(autouse=True)
+    def soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(events, "_TELL_AFTER", 0.2)
+
+    def test_with_the_call_and_volume_and_ever_more_seldom(self) -> None:
+        lines = [json.loads(text) for text in logged("json", self.stage)]
+        told = [line for line in lines if line["logger"] == "plugin.events"]
+        assert len(told) == 2, "after 0.2 s and 0.6 s, and not once it had ended"
+        for line in told:
+            assert re.match(r"still at the step fsck after \d s", line["message"])
+            assert (line["request_id"], line["method"], line["volume"]) == ("1", "NodeStageVolume", "pvc-1")
+
+    def test_also_where_the_log_is_text(self) -> None:
+        told = [line for line in logged("text", self.stage) if "still at the step fsck" in line]
+        assert len(told) == 2
+        assert all(line.endswith("(request_id '1', method 'NodeStageVolume', volume 'pvc-1')") for line in told)

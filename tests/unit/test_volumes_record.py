@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from plugin import events
 from plugin.errors import EbiError, Kind
 from plugin.host.lock import locked
 from plugin.images import Images
@@ -32,6 +33,16 @@ class TestCreate:
         assert volume.path.stat().st_size == 21 * MIB
         assert volume.path.stat().st_blocks * 512 >= 21 * MIB
         assert not volume.formatted
+
+    def test_reserving_is_a_step_that_is_timed(self, volumes: Volumes) -> None:
+        seen: list[events.Event] = []
+        end = events.subscribe(seen.append)
+        try:
+            volumes.create("pvc-1", 5 * MIB, {})
+            volumes.expand("pvc-1", 6 * MIB)
+        finally:
+            end()
+        assert [(event.name, event.ok) for event in seen if isinstance(event, events.Step)] == [("reserve", True)] * 2
 
     def test_is_found_again_with_all_it_was_made_with(self, volumes: Volumes) -> None:
         volume = volumes.create("A name", 5 * MIB, {"fsType": "xfs", "mkfsParams": "-K"}, block=True)
