@@ -24,13 +24,12 @@ from plugin.host.run import environment
 from plugin.images import extents
 from plugin.images.disk import Source
 from plugin.images.sums import Sum
-from plugin.images.target import PIECE, TargetSpec
+from plugin.images.target import LONGEST_MESSAGE, PIECE, TargetSpec
 
 log = logging.getLogger(__name__)
 
 _MOST_WORKERS = 8
 _AHEAD = 2  # pieces a worker that are handed out: one at work, one to go on with
-_LONGEST = 1 << 20  # bytes of an answer
 _ROOT = Path(__file__).parents[2]
 
 
@@ -173,9 +172,9 @@ class _Team:
 
     def _received(self) -> bytes:
         try:
-            return self._socket.recv(_LONGEST)
+            return self._socket.recv(LONGEST_MESSAGE)
         except ConnectionResetError:  # they ended with work before them; what they said until then is still there
-            return self._socket.recv(_LONGEST)
+            return self._socket.recv(LONGEST_MESSAGE)
 
     def _died(self, status: int) -> EbiError:
         """`status`: that of a process as `subprocess` tells it."""

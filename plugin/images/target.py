@@ -16,6 +16,7 @@ from plugin.images.extents import BLOCK, SHORTEST_HOLE
 from plugin.images.sums import Sum
 
 PIECE = 4 << 20  # bytes that a worker reads, ciphers and writes at once
+LONGEST_MESSAGE = 1 << 20  # bytes that the engine and a worker say at once about a piece
 Places: TypeAlias = Sequence[tuple[int, int]]
 _ZEROS = bytes(SHORTEST_HOLE)
 

@@ -19,10 +19,9 @@ from typing import Any
 from plugin.errors import EbiError, Kind
 from plugin.images import formats
 from plugin.images.sums import Sum
-from plugin.images.target import PIECE, Target, TargetSpec
+from plugin.images.target import LONGEST_MESSAGE, PIECE, Target, TargetSpec
 
 _PR_SET_PDEATHSIG = 1
-_LONGEST = 1 << 20  # bytes of a message
 # Exit statuses: of a worker whose last message says why, and of one that did not get so far; not Python's own, 1.
 _TOLD, _BROKEN = 71, 70
 
@@ -73,7 +72,7 @@ def _work(job: Mapping[str, Any], shared: socket.socket) -> None:
     source = formats.restored(job["source"])
     target = Target(TargetSpec.restored(job["target"])) if job["target"] else None
     buffer = memoryview(mmap.mmap(-1, PIECE))  # aligned to pages, as direct I/O wants it
-    while message := shared.recv(_LONGEST):
+    while message := shared.recv(LONGEST_MESSAGE):
         done, written = 0, []
         for start, length in json.loads(message):
             piece = buffer[:length]
