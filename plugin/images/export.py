@@ -46,9 +46,11 @@ def export(
     with images.ready(name) as image:
         image.check_file()
         todo = _chosen(image, form, secret, dense=dense, decrypt=decrypt)
+        report = Reporter(image, None, progress)
         partial = file.with_name(f".{file.name}.{os.getpid()}-{os.urandom(4).hex()}.partial")
         try:
-            made = todo(Work(partial, image.described, settings, Reporter(image, None, progress)))
+            with images.turn(report):
+                made = todo(Work(partial, image.described, settings, report))
             _publish(partial, file)
         except (EbiError, OSError) as error:
             failure = explained(error, image, "export")

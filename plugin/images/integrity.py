@@ -33,13 +33,15 @@ def verify(
     then on: no volume is made of it; one that is right again is ready again.
     Raises NOT_FOUND, BUSY, and PRECONDITION for an image that is damaged, not ready, or has nothing to compare with.
     """
-    with images.changing(name, damaged=True) as (image, save):
+    report = Reporter(images.get(name), None, progress)
+    # In this order: while it waits for its turn, volumes may be made of the image.
+    with images.turn(report), images.changing(name, damaged=True) as (image, save):
         kept = extents.load_sums(image.map_path)
         expected = image.spec.checksum if image.spec.checksum == image.status.checksum else ""
         if not kept and not expected and image.virtual_size and extents.total(image.extents()):
             raise precondition(f"there are no checksums of {image.described}", "make it again to have them")
         try:
-            _check(image, settings, expected, Reporter(image, None, progress))
+            _check(image, settings, expected, report)
         except (EbiError, OSError) as error:
             text = error.message if isinstance(error, EbiError) else f"its file can't be read: {error.strerror}"
             save(image.changed(state=State.FAILED, message=text))

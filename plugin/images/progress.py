@@ -85,6 +85,7 @@ class Reporter:
     def expect(self, total: int) -> None:
         """`total` bytes are to be moved, 0 if that is not known: it begins."""
         self.total = total
+        self._start = time.monotonic()  # whatever was waited for before
         self.state(State.IN_PROGRESS, durable=False)
 
     def advance(self, count: int) -> None:

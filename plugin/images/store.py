@@ -4,7 +4,7 @@ import errno
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -239,7 +239,9 @@ class Images:
         image = report.image
         _clear(image.directory)
         try:
-            with _timed(job.name, report), self._turn(job, report):
+            # One that waits for a network more than it works needs no turn.
+            turn = nullcontext() if job.name in ("download", "upload") else self.turn(report)
+            with _timed(job.name, report), turn:
                 report.state(State.STARTING, message="")
                 made = job.run(Work(image.partial, image.described, self._settings, report))
                 self._finish(made, report)
@@ -254,11 +256,11 @@ class Images:
         return report.image
 
     @contextmanager
-    def _turn(self, job: _Job, report: Reporter) -> Iterator[None]:
-        """The turn of `job`; one that waits for a network more than it works needs none."""
-        if job.name in ("download", "upload"):
-            yield
-            return
+    def turn(self, report: Reporter) -> Iterator[None]:
+        """The turn of the operation that `report` follows: two share the cores and the disk, more wait.
+
+        The block must not take another one: it could wait for itself. It may lock, which waits for nobody.
+        """
 
         def waiting() -> None:
             if report.image.status.message != _QUEUED:
@@ -288,7 +290,8 @@ class Images:
         )
 
     def _unpack(self, image: BackingImage) -> None:
-        # The image stays ready, so its record tells nothing of this.
+        # The image stays ready, so its record tells nothing of this. It takes no turn: a pod waits for it, which
+        # shall not stand behind operations that may take hours.
         partial, report = (
             image.disk.with_suffix(".partial"),
             Reporter(image, None, logged(f"unpacking {image.described}")),

@@ -15,9 +15,22 @@ import pytest
 from plugin import events
 from plugin.errors import EbiError, Kind
 from plugin.host.lock import locked
-from plugin.images import BackingImage, Progress, State, engine, health, operations, progress, slots, space
+from plugin.images import (
+    BackingImage,
+    Progress,
+    State,
+    engine,
+    export,
+    health,
+    integrity,
+    operations,
+    progress,
+    slots,
+    space,
+)
 from plugin.images.http import Download
 from plugin.images.sums import Sum
+from plugin.settings import Settings
 from tests.unit.conftest import MIB, Store, clone, make_raw, manifest
 
 
@@ -74,6 +87,28 @@ def test_a_third_operation_waits_for_its_turn(golden: Store) -> None:
             assert (waiting.state, "waits" in waiting.message) == (State.PENDING, True)
         thread.join(60)
     assert golden.images.get("e").ready and golden.images.get("e").status.message == ""
+
+
+@pytest.mark.parametrize("name", ["export", "verify"])
+def test_so_does_one_that_makes_no_image_and_the_image_can_be_used_meanwhile(golden: Store, name: str) -> None:
+    work: dict[str, Callable[[], object]] = {
+        "export": lambda: export.export(
+            golden.images, Settings(), "golden", golden.work / "out", progress=heard.append
+        ),
+        "verify": lambda: integrity.verify(golden.images, Settings(), "golden", heard.append),
+    }
+    heard: list[Progress] = []
+    with slots.slot(golden.images.root, lambda: None):
+        with slots.slot(golden.images.root, lambda: None):
+            thread = threading.Thread(target=work[name])
+            thread.start()
+            time.sleep(1)
+            with golden.images.ready("golden"):
+                assert {told.state for told in heard} == {State.PENDING}
+        thread.join(60)
+    assert not thread.is_alive()
+    begun = next(told for told in heard if told.state is State.IN_PROGRESS)
+    assert begun.seconds < 1, "the wait is no part of its speed"
 
 
 def test_one_that_waits_can_be_deleted(golden: Store) -> None:
