@@ -1,5 +1,6 @@
 """`ebi volume`: plays the orchestrator against the CSI socket, for a machine without Kubernetes."""
 
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from plugin.host import sizes
 from plugin.host.files import private_directory
 from plugin.images import Images
 from plugin.settings import Settings
+from plugin.volumes import parameters
 
 _REKEY = "change the passphrase of an encrypted volume, staged or not; works on the data directory"
 _FSTYPE = "csi.storage.k8s.io/fstype"
@@ -116,10 +118,11 @@ def _create(client: _Client, arguments: Namespace) -> None:
     found = documents.load([arguments.storage_class]).classes
     if len(found) != 1:
         raise invalid(f"{arguments.storage_class} holds {len(found)} StorageClass documents", "give a file with one")
-    parameters = {str(key): str(value) for key, value in (found[0].get("parameters") or {}).items()}
-    fs_type = parameters.get(_FSTYPE, parameters.get("fsType", ""))
+    given = {str(key): str(value) for key, value in (found[0].get("parameters") or {}).items()}
+    fs_type = given.get(_FSTYPE, given.get("fsType", ""))
     # The keys with this prefix speak to the orchestrator, which keeps them from the driver.
-    own = {key: value for key, value in parameters.items() if not key.startswith("csi.storage.k8s.io/")}
+    own = {key: value for key, value in given.items() if not key.startswith("csi.storage.k8s.io/")}
+    ignored = parameters.parse(own).ignored
     messages = client.messages
     response = client.call(
         client.controller.CreateVolume,
@@ -131,6 +134,8 @@ def _create(client: _Client, arguments: Namespace) -> None:
         ),
     )
     print(response.volume.volume_id)
+    if ignored:
+        print(f"ebi: no effect here: {', '.join(ignored)}", file=sys.stderr)
 
 
 def _attach(client: _Client, arguments: Namespace) -> None:

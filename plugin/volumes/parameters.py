@@ -13,12 +13,13 @@ from plugin.volumes.capability import FILESYSTEMS
 
 # They steer Longhorn's replication and choice of nodes; here a volume is one file on one node.
 _NO_EFFECT_NAMES = """
-    numberOfReplicas staleReplicaTimeout fromBackup dataLocality nodeSelector diskSelector recurringJobSelector
+    numberOfReplicas staleReplicaTimeout dataLocality nodeSelector diskSelector recurringJobSelector
     backingImageMinNumberOfCopies backingImageNodeSelector backingImageDiskSelector
     backupTargetName dataEngine disableRevisionCounter unmapMarkSnapChainRemoved replicaAutoBalance
     replicaSoftAntiAffinity replicaZoneSoftAntiAffinity replicaDiskSoftAntiAffinity freezeFilesystemForSnapshot
 """
 _NO_EFFECT = frozenset(_NO_EFFECT_NAMES.split())
+_BACKUP = "fromBackup"
 _DISCARD = "discard"
 _WORKQUEUES = ("cryptNoReadWorkqueue", "cryptNoWriteWorkqueue")
 FLAGS = (_DISCARD, *_WORKQUEUES)
@@ -53,11 +54,17 @@ def parse(parameters: Mapping[str, Any]) -> VolumeParameters:
         "backingImageChecksum",
         "fsType",
         "mkfsParams",
+        _BACKUP,
         *FLAGS,
     }
     unknown = sorted(values.keys() - known - _NO_EFFECT)
     if unknown:
         raise invalid(f"unknown StorageClass parameter {unknown[0]!r}", f"known are {', '.join(sorted(known))}")
+    if values.get(_BACKUP):  # it would start empty
+        raise invalid(
+            f"the StorageClass parameter {_BACKUP} is not supported: no volume is restored from a backup here",
+            "take it out, or make it empty; make a backing image of what shall be restored",
+        )
     checksum = values.get("backingImageChecksum", "")
     if checksum and not re.fullmatch(r"[0-9a-fA-F]{128}", checksum):
         raise invalid(f"invalid checksum {checksum} in backingImageChecksum", "give a SHA-512 as 128 hex digits")

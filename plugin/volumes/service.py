@@ -69,6 +69,8 @@ class Volumes:
             found = self._records.find(volume)
             if found is not None:
                 return fit.same(found, wanted, name=name, capacity=capacity, limit=limit, target=target)
+            if wanted.ignored:
+                log.info("volume %s: these parameters have no effect here: %s", volume, ", ".join(wanted.ignored))
             try:
                 with self._images.held(wanted.image) if wanted.image else nullcontext() as image:
                     size = fit.capacity(wanted, image, asked=capacity, limit=limit, block=block, fs_type=fs_type)

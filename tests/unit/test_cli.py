@@ -9,6 +9,7 @@ import yaml
 
 from plugin.cli import main
 from tests.unit import conftest
+from tests.unit.csi_node import running
 
 EXAMPLES = Path(__file__).parents[2] / "deploy" / "examples"
 MIB = 1 << 20
@@ -169,3 +170,18 @@ def test_a_volume_command_without_a_server_says_so(tmp_path: Path, capsys: pytes
     endpoint = f"unix://{tmp_path}/csi.sock"
     assert main(["volume", "delete", "--endpoint", endpoint, "pvc-1"]) == 9
     assert "ebi serve" in capsys.readouterr().err
+
+
+def test_creating_a_volume_tells_what_has_no_effect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = yaml.safe_load((EXAMPLES / "5-storageclass.yaml").read_text())
+    parameters = {"numberOfReplicas": "3", "staleReplicaTimeout": "2880", "fromBackup": ""}
+    file = written({**document, "parameters": parameters}, tmp_path)
+    with running() as node:
+        create = ["volume", "create", "--endpoint", node.settings.endpoint, "-s", "1Mi", "-f"]
+        assert main([*create, file, "pvc-1"]) == 0
+        said = capsys.readouterr()
+        assert said.out == "pvc-1\n"
+        assert "ebi: no effect here: numberOfReplicas, staleReplicaTimeout\n" in said.err
+        file = written({**document, "parameters": {**parameters, "fromBackup": "nfs://backups"}}, tmp_path)
+        assert main([*create, file, "pvc-2"]) == 2
+        assert "fromBackup" in capsys.readouterr().err

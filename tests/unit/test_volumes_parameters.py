@@ -48,6 +48,7 @@ class TestParameters:
             ("discard", "yes"),
             ("cryptNoReadWorkqueue", "true"),  # of a volume that is not encrypted
             ("cryptNoWriteWorkqueue", "true"),
+            ("fromBackup", "s3://backups@here/?volume=pvc-1&backup=b"),
         ],
     )
     def test_a_wrong_one_is_named(self, name: str, value: str) -> None:

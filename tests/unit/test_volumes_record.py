@@ -44,6 +44,17 @@ class TestCreate:
             end()
         assert [(event.name, event.ok) for event in seen if isinstance(event, events.Step)] == [("reserve", True)] * 2
 
+    def test_parameters_without_effect_are_told_when_it_is_made(
+        self, volumes: Volumes, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO")
+        given = {"staleReplicaTimeout": "30", "numberOfReplicas": "3", "fromBackup": "", "dataLocality": ""}
+        for _ in range(2):
+            volumes.create("pvc-1", MIB, given)
+        assert caplog.messages == [
+            "volume pvc-1: these parameters have no effect here: numberOfReplicas, staleReplicaTimeout"
+        ]
+
     def test_is_found_again_with_all_it_was_made_with(self, volumes: Volumes) -> None:
         volume = volumes.create("A name", 5 * MIB, {"fsType": "xfs", "mkfsParams": "-K"}, block=True)
         assert volumes.get(volume.id) == volume
