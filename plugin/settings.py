@@ -2,7 +2,7 @@
 
 import os
 import socket
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, Namespace, _ActionsContainer
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -53,14 +53,14 @@ class Settings:
     )
 
     @classmethod
-    def add_arguments(cls, parser: ArgumentParser, *names: str) -> None:
+    def add_arguments(cls, parser: _ActionsContainer, *names: str) -> None:
         """Give `parser` a flag for each of the settings `names`."""
         for item in fields(cls):
             if item.name in names:
                 env = _environment_name(item.name, item.metadata)
                 parser.add_argument(
                     f"--{item.name.replace('_', '-')}",
-                    default=None,
+                    default=SUPPRESS,  # what a command was not given shall not hide what stands before it
                     metavar=item.name.upper().replace("_", "-"),
                     help=f"{item.metadata['help']} ({env}; default: {_shown(item.default)})",
                 )

@@ -8,28 +8,37 @@ import resource
 import signal
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from typing import Any
 
 from plugin import logs
 from plugin.cli import apply, delete, doctor, get, image, serve, volume
-from plugin.errors import EbiError
+from plugin.errors import EbiError, precondition
 from plugin.settings import Settings
 
 _EPILOG = """\
 exit status: 0 done; 1 failed; 2 bad input; 3 not found; 4 exists as another; 5 not in a state for that; 6 busy;
 7 no room; 8 size out of range; 9 not now; 10 unsupported; 11 cancelled. `ebi apply` exits 1 whatever the reason.
 
-Every setting can be given by a flag or by an environment variable; a flag wins."""
+Every setting can be given by a flag or by an environment variable; a flag wins.
+Volumes need root; images need no more than a data directory of one's own."""
+
+
+class _Parser(ArgumentParser):
+    """A parser whose own commands take the flags of all commands too: wherever such a flag stands, it is understood."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        Settings.add_arguments(self.add_argument_group("of every command"), "data_dir", "log_level", "log_format")
 
 
 def parser() -> ArgumentParser:
     """The whole grammar of the command line."""
-    top = ArgumentParser(
+    top = _Parser(
         prog="ebi",
         description="Encrypted backing images: golden disk images kept as LUKS2, and volumes that start from them.",
         epilog=_EPILOG,
         formatter_class=RawDescriptionHelpFormatter,
     )
-    Settings.add_arguments(top, "data_dir", "log_level", "log_format")
     commands = top.add_subparsers(required=True, metavar="COMMAND", title="commands")
     for module in (apply, get, delete, image, doctor, serve, volume):
         module.add(commands)
@@ -49,6 +58,11 @@ def main(argv: list[str] | None = None) -> int:
     except EbiError as error:
         complain(error)
         return error.kind.value
+    except PermissionError as error:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        failure = precondition(f"{where}permission denied", "run this as root, with all its capabilities")
+        complain(failure)
+        return failure.kind.value
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         sys.stderr.close()
         return 1

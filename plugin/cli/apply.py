@@ -22,7 +22,9 @@ def add(commands: Any) -> None:
         " used for this run and not stored. A StorageClass is checked; give it to `ebi volume create`."
         " Applying the same again changes nothing.",
     )
-    command.add_argument("-f", "--file", action="append", required=True, dest="files", help="a YAML file; - for stdin")
+    command.add_argument(
+        "-f", "--file", action="append", required=True, dest="files", metavar="FILE", help="a YAML file; - for stdin"
+    )
     Settings.add_arguments(
         command,
         "workers",

@@ -38,7 +38,8 @@ VOLUMES = ("volumes", "volume")
 
 def add(commands: Any) -> None:
     """Describe the command."""
-    command = commands.add_parser("get", help="show backing images or volumes")
+    text = "show backing images or volumes"
+    command = commands.add_parser("get", help=text, description=f"{text.capitalize()}.")
     command.add_argument("kind", choices=IMAGES + VOLUMES, metavar="KIND", help="backingimages (lhbi) or volumes")
     command.add_argument("name", nargs="?", metavar="NAME", help="one by name; all without it")
     command.add_argument("-o", "--output", choices=output.FORMATS, default="table", help="default: table")

@@ -46,7 +46,7 @@ def add(commands: Any) -> None:
     show = _action(parts, "show", _show, "tell cipher, keyslots and the state of the header")
     show.add_argument("-o", "--output", choices=output.FORMATS, default="table", help="default: table")
     backup = _action(parts, "backup", _backup, "write the header to a file, which is as secret as the image")
-    backup.add_argument("file", type=Path, metavar="FILE")
+    backup.add_argument("file", type=Path, metavar="FILE", help="made, or replaced")
     restore = _action(parts, "restore", _restore, "put a header back; with it come the passphrases it had")
     restore.add_argument("file", type=Path, nargs="?", metavar="FILE", help="default: the backup beside the image")
 

@@ -16,6 +16,8 @@ from plugin.settings import Settings
 from plugin.volumes import parameters
 
 _REKEY = "change the passphrase of an encrypted volume, staged or not; works on the data directory"
+_ID = "the volume's id, as create prints it"
+_FS_TYPE = "ext4, xfs or btrfs; default: the StorageClass's, else what is there, else ext4"
 _FSTYPE = "csi.storage.k8s.io/fstype"
 
 
@@ -25,29 +27,29 @@ def add(commands: Any) -> None:
     actions = volume.add_subparsers(required=True, metavar="ACTION", title="actions")
 
     create = _action(actions, "create", _create, "make a volume of a StorageClass; prints its id")
-    create.add_argument("name", metavar="NAME")
+    create.add_argument("name", metavar="NAME", help="its name; the same again finds the same volume")
     create.add_argument("-f", "--storage-class", required=True, metavar="FILE", help="a file with one StorageClass")
     create.add_argument("-s", "--size", required=True, type=sizes.parse, help="usable size: 10Gi, 500M, bytes")
 
     attach = _action(
         actions, "attach", _attach, "stage a volume and publish it at a directory (or a file, for --block)"
     )
-    attach.add_argument("volume", metavar="ID")
+    attach.add_argument("volume", metavar="ID", help=_ID)
     attach.add_argument("target", type=Path, metavar="TARGET", help="made if absent, and removed on detach")
     attach.add_argument("-f", "--secret", metavar="FILE", help="a file with one Secret; none for a plain volume")
     attach.add_argument("--block", action="store_true", help="publish the raw device instead of a filesystem")
-    attach.add_argument("--fs-type", default="", help="ext4, xfs, btrfs; default: what is there, else ext4")
+    attach.add_argument("--fs-type", default="", help=_FS_TYPE)
     attach.add_argument("--read-only", action="store_true", help="publish read-only")
 
     detach = _action(actions, "detach", _detach, "unpublish a volume everywhere and unstage it")
-    detach.add_argument("volume", metavar="ID")
+    detach.add_argument("volume", metavar="ID", help=_ID)
     detach.add_argument("target", nargs="*", type=Path, metavar="TARGET", help="block targets; mounts are found")
 
     delete = _action(actions, "delete", _delete, "destroy a volume and its key")
-    delete.add_argument("volume", metavar="ID")
+    delete.add_argument("volume", metavar="ID", help=_ID)
 
     rekey = actions.add_parser("rekey", help=_REKEY, description=f"{_REKEY[0].upper()}{_REKEY[1:]}.")
-    rekey.add_argument("volume", metavar="ID")
+    rekey.add_argument("volume", metavar="ID", help=_ID)
     rekey.add_argument("-f", "--secret", required=True, metavar="FILE", help="a file with the Secret that opens it now")
     rekey.add_argument("--new-secret", required=True, metavar="FILE", help="a file with the Secret that shall open it")
     rekey.add_argument("--keep-old", action="store_true", help="let the old passphrase open it too")
@@ -102,7 +104,10 @@ class _Client:
             return method(request)
         except self._failure as error:
             kind = self._kinds.get(error.code(), Kind.INTERNAL)
-            hint = f"is `ebi serve` running at {self._endpoint}?" if kind is Kind.UNAVAILABLE else ""
+            hint = ""
+            if kind is Kind.UNAVAILABLE:
+                denied = "Permission denied" in error.details()
+                hint = "run this as root" if denied else f"is `ebi serve` running at {self._endpoint}?"
             raise EbiError(error.details(), kind=kind, hint=hint) from None
 
     def staging(self, volume: str) -> Path:
@@ -122,6 +127,8 @@ def _create(client: _Client, arguments: Namespace) -> None:
     fs_type = given.get(_FSTYPE, given.get("fsType", ""))
     # The keys with this prefix speak to the orchestrator, which keeps them from the driver.
     own = {key: value for key, value in given.items() if not key.startswith("csi.storage.k8s.io/")}
+    if fs_type:  # an orchestrator says it at every stage; `attach` knows the StorageClass no more
+        own["fsType"] = fs_type
     ignored = parameters.parse(own).ignored
     messages = client.messages
     response = client.call(

@@ -171,6 +171,8 @@ def private_directory(path: Path) -> Path:
     if status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise precondition(
             f"{path} is not private: owner {status.st_uid}, mode {status.st_mode & 0o7777:04o}",
-            f"chown it to user {os.geteuid()} and chmod it to 0700",
+            "run this as root"
+            if status.st_uid == 0 != os.geteuid()
+            else f"chown it to user {os.geteuid()} and chmod it to 0700",
         )
     return path

@@ -176,13 +176,18 @@ class Records:
         return self.root / volume
 
     def find(self, volume: str) -> Volume | None:
-        """The volume with this id, if there is one. Raises INTERNAL where its record can't be read."""
+        """The volume with this id, if there is one. Raises INTERNAL where its record is damaged.
+
+        And PRECONDITION for one that this user may not read.
+        """
         if not names.is_volume_id(volume):
             return None
         directory = self.directory(volume)
         try:
             value = read_json(directory / RECORD)
             return Volume.from_json(value, directory) if value is not None else None
+        except PermissionError:  # not damaged: nobody shall delete it for that
+            raise precondition(f"{directory / RECORD}: permission denied", "run this as root") from None
         except (ValueError, KeyError, TypeError, AttributeError, OSError):
             raise EbiError(
                 f"the record of volume {volume} is damaged",

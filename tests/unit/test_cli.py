@@ -1,13 +1,18 @@
 """The command line, as a user and a script see it."""
 
 import json
+import os
+from argparse import ArgumentParser
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from plugin.cli import main
+from plugin.cli import main, parser
+from plugin.errors import EbiError
+from plugin.host.files import private_directory
 from tests.unit import conftest
 from tests.unit.csi_node import running
 
@@ -166,6 +171,22 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(word in said for word in ("apply", "get", "delete", "serve", "volume", "EBI_DATA_DIR"))
 
 
+def described(parser: ArgumentParser) -> Iterator[tuple[str, str, str | None]]:
+    """Each argument of the command and of its own commands: of which command, its name, its help."""
+    for action in parser._actions:
+        if isinstance(action.choices, dict):  # the commands below it
+            for command in action.choices.values():
+                yield from described(command)
+        else:
+            yield parser.prog, action.dest, action.help
+
+
+def test_help_says_something_of_every_argument() -> None:
+    found = list(described(parser()))
+    assert ("ebi volume attach", "fs_type") in [each[:2] for each in found]
+    assert [each for each in found if not each[2]] == []
+
+
 def test_a_volume_command_without_a_server_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     endpoint = f"unix://{tmp_path}/csi.sock"
     assert main(["volume", "delete", "--endpoint", endpoint, "pvc-1"]) == 9
@@ -185,3 +206,74 @@ def test_creating_a_volume_tells_what_has_no_effect(tmp_path: Path, capsys: pyte
         file = written({**document, "parameters": {**parameters, "fromBackup": "nfs://backups"}}, tmp_path)
         assert main([*create, file, "pvc-2"]) == 2
         assert "fromBackup" in capsys.readouterr().err
+
+
+def test_the_filesystem_of_a_storage_class_is_the_volumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = yaml.safe_load((EXAMPLES / "5-storageclass.yaml").read_text())
+    file = written({**document, "parameters": {"csi.storage.k8s.io/fstype": "btrfs", "fsType": "ext4"}}, tmp_path)
+    with running() as node:
+        assert main(["volume", "create", "--endpoint", node.settings.endpoint, "-s", "200Mi", "-f", file, "pvc-1"]) == 0
+        made = get(node.settings.data_dir, capsys, "volume", "pvc-1")
+    assert made["spec"]["parameters"] == {"fsType": "btrfs"}  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["--data-dir", "DATA", "image", "header", "show", "x"],
+        ["image", "--data-dir", "DATA", "header", "show", "x"],
+        ["image", "header", "show", "--data-dir", "DATA", "x"],
+        ["image", "header", "show", "x", "--data-dir", "DATA"],
+    ],
+)
+def test_flags_of_every_command_may_stand_anywhere(
+    tmp_path: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EBI_DATA_DIR", str(tmp_path / "nowhere"))
+    assert main([str(tmp_path / "ebi") if word == "DATA" else word for word in command]) == 3
+    assert (tmp_path / "ebi").exists() and not (tmp_path / "nowhere").exists()
+    assert main([*command, "--log-level", "loud"]) == 2
+    assert "invalid log level 'loud'" in capsys.readouterr().err
+
+
+class TestWithoutRoot:
+    """What only root may do is told in a line, and what to do about it."""
+
+    @pytest.fixture
+    def closed(self, data: Path) -> Iterator[Path]:
+        """A data directory that the one who runs the commands can't enter, who is not root."""
+        data.mkdir(mode=0)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            yield data
+        finally:
+            os.seteuid(user)
+            data.chmod(0o700)
+
+    @pytest.mark.parametrize(
+        "command",
+        [
+            ["get", "backingimages"],
+            ["get", "volume", "pvc-1"],
+            ["delete", "backingimage", "x"],
+            ["image", "verify", "x"],
+            ["apply", "-f", str(EXAMPLES / "5-storageclass.yaml")],
+            ["doctor", "--fix"],
+            ["serve"],
+            ["volume", "attach", "pvc-1", "/mnt", "--endpoint", "unix://DATA/run/csi.sock"],
+        ],
+    )
+    def test_a_command(self, closed: Path, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        assert ebi(closed, *(word.replace("DATA", str(closed)) for word in command)) == 5
+        first, hint = capsys.readouterr().err.splitlines()
+        assert str(closed) in first and first.endswith("permission denied") and "run this as root" in hint
+
+    def test_one_through_the_socket(self, closed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert ebi(closed, "volume", "delete", "pvc-1", "--endpoint", f"unix://{closed}/csi.sock") == 9
+        assert "hint: run this as root" in capsys.readouterr().err
+
+    def test_one_on_the_directory_of_root(self, closed: Path) -> None:
+        with pytest.raises(EbiError, match=r"/etc is not private: owner 0.*run this as root"):
+            private_directory(Path("/etc"))
