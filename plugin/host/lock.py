@@ -1,16 +1,27 @@
 """One operation at a time on one object, across threads and processes.
 
 The lock is flock(2) on the object's own directory: it needs no file of its own, and a killed process holds nothing.
+The programs that it started do, for as long as they live: one that goes on alone, deriving a key for a header, must
+not write that when somebody else has made another one.
 """
 
 import fcntl
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from plugin.errors import busy
 from plugin.host.files import room
+
+_held = threading.local()
+
+
+def held() -> list[int]:
+    """The descriptors of the locks that this thread holds, for the programs that it starts."""
+    found: list[int] = _held.__dict__.setdefault("fds", [])
+    return found
 
 
 @contextmanager
@@ -42,9 +53,12 @@ def locked(directory: Path, what: str, *, shared: bool = False) -> Iterator[None
         except BaseException:
             os.close(fd)
             raise
+        ours = held()
+        ours.append(fd)
         try:
             yield
         finally:
+            ours.remove(fd)
             os.close(fd)
         return
 

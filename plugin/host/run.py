@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from plugin.errors import EbiError, Kind
+from plugin.host.lock import held
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +56,14 @@ def run(
 ) -> subprocess.CompletedProcess[bytes]:
     """Run `argv` to its end and return it with `returncode`, `stdout` and `stderr` (bytes).
 
-    `fds` are inherited under their own numbers (name them as /proc/self/fd/N). Raises `CommandError` when the exit
+    `fds` are inherited under their own numbers (name them as /proc/self/fd/N), and so are the locks that this thread
+    holds: see `plugin.host.lock`. Raises `CommandError` when the exit
     status is not in `ok`, and an `EbiError` of kind UNAVAILABLE when there is no such program.
     """
     start = time.monotonic()
     try:
         done = subprocess.run(
-            list(argv), input=stdin, capture_output=True, pass_fds=tuple(fds), env=environment(env), check=False
+            list(argv), input=stdin, capture_output=True, pass_fds=(*fds, *held()), env=environment(env), check=False
         )
     except FileNotFoundError as error:
         package = _PACKAGES.get(argv[0])

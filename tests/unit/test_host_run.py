@@ -4,13 +4,16 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from plugin.errors import EbiError, Kind
 from plugin.host import run as gateway
-from plugin.host.run import CommandError, at_the_end
+from plugin.host.lock import held, is_locked, locked
+from plugin.host.run import CommandError, at_the_end, run
 
 
 def test_runs_when_the_block_ends_and_no_sooner(tmp_path: Path) -> None:
@@ -49,3 +52,31 @@ def test_a_program_that_is_not_there_is_told_with_its_package(tmp_path: Path, mo
         gateway.run(["mkfs.xfs", "/dev/null"])
     assert caught.value.kind is Kind.UNAVAILABLE
     assert caught.value.hint == "install the package that holds it (Debian: xfsprogs)"
+
+
+def test_a_program_that_outlives_a_kill_keeps_the_locks_that_it_was_started_under(tmp_path: Path) -> None:
+    wait, go = tmp_path / "wait", tmp_path / "go"
+    os.mkfifo(wait)
+    os.mkfifo(go)
+    code = (
+        "from pathlib import Path; from plugin.host.lock import locked; from plugin.host.run import run; import sys\n"
+        "with locked(Path(sys.argv[1]), 'it'): run(['sh', '-c', 'echo > $0; read _ < $1', *sys.argv[2:]])"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "volume", wait, go]) as process:
+        wait.read_text()
+        process.send_signal(signal.SIGKILL)
+    assert is_locked(tmp_path / "volume")
+    go.write_text("\n")
+    deadline = time.monotonic() + 10
+    while is_locked(tmp_path / "volume"):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_lock_that_was_let_go_first_is_not_handed_on(tmp_path: Path) -> None:
+    with ExitStack() as first, ExitStack() as second:
+        first.enter_context(locked(tmp_path / "first", "it"))
+        second.enter_context(locked(tmp_path / "second", "it"))
+        first.close()
+        assert run(["readlink", f"/proc/self/fd/{held()[0]}"]).stdout.decode().strip() == str(tmp_path / "second")
+    assert held() == []
