@@ -19,7 +19,9 @@ from plugin.images import engine
 
 # sys.addaudithook(3) tells of these before they happen.
 PROGRAMS = frozenset({"subprocess.Popen"})
-EVERYTHING = PROGRAMS | {
+# Of these it does not.
+WRITES = frozenset({"os.copy_file_range", "os.fsync", "os.posix_fallocate", "os.pwrite"})
+EVERYTHING = PROGRAMS | WRITES | {
     "fcntl.ioctl", "open", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "shutil.rmtree",
 }  # fmt: skip
 
@@ -109,9 +111,8 @@ def _arm(number: int, kinds: frozenset[str]) -> None:
     mounts._call = before(mounts._call)  # type: ignore[assignment]
     unmount = mounts._LIBC.umount2
     mounts._LIBC.umount2 = before(unmount)
-    if kinds is EVERYTHING:
-        os.fsync = before(os.fsync)
-        os.pwrite = before(os.pwrite)
-        os.posix_fallocate = before(os.posix_fallocate)
-        engine._Team.give = before(engine._Team.give)  # type: ignore[method-assign]
-        engine._Team.take = before(engine._Team.take)  # type: ignore[method-assign]
+    for name in kinds & WRITES:
+        function = name.removeprefix("os.")
+        setattr(os, function, before(getattr(os, function)))
+    engine._Team.give = before(engine._Team.give)  # type: ignore[method-assign]
+    engine._Team.take = before(engine._Team.take)  # type: ignore[method-assign]

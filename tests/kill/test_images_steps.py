@@ -31,9 +31,12 @@ from tests.unit.conftest import (
     secret,
     sha512,
 )
+from tests.unit.test_volumes_export import CAPACITY, CHUNK, Node, exported
 
 OTHER = b"another one"
-OPERATIONS = ["download", "unpack", "upload", "clone", "encrypt", "encrypt qcow2", "decrypt", "reencrypt"]
+OPERATIONS = [
+    "download", "unpack", "upload", "clone", "encrypt", "encrypt qcow2", "decrypt", "reencrypt", "export from volume",
+]  # fmt: skip
 # By what comes out; the encrypted image is the source.
 EXPORTS: dict[str, dict[str, Any]] = {
     "export": {}, "export dense": {"dense": True}, "export raw": {"decrypt": True},
@@ -43,10 +46,10 @@ EXPORTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """Sources of each kind; the second half of the disk is a hole."""
+    """Sources of each kind; most of the disk is a hole."""
     work = tmp_path_factory.mktemp("first")
     store = Store(work, Images(work / "data" / "images", Settings(workers=1)))
-    raw = make_raw(work / "raw", 2 * MIB, [(0, MIB)])
+    raw = make_raw(work / "raw", CAPACITY, [(0, MIB)])
     golden.make_qcow2(raw, work / "raw.qcow2")
     (work / "raw.gz").write_bytes(gzip.compress(raw.read_bytes(), 1))
     store.download(raw)
@@ -62,6 +65,13 @@ def it(first: Store, tmp_path: Path) -> Store:
     return store
 
 
+def exporting(it: Store) -> Callable[[], BackingImage]:
+    """What makes the image x of a detached volume with the same content."""
+    node = Node(it)
+    node.make(it.images.get("luks"), encrypted=True, written={1: (it.work / "raw").read_bytes()[CHUNK : 2 * CHUNK]})
+    return lambda: node.export(exported("x", secret="key", secret_namespace=NAMESPACE))
+
+
 def operation(it: Store, name: str) -> Callable[[], BackingImage]:
     """What makes the image x."""
     raw, packed = it.work / "raw", it.work / "raw.gz"
@@ -72,6 +82,8 @@ def operation(it: Store, name: str) -> Callable[[], BackingImage]:
 
     if name == "upload":
         return upload
+    if name == "export from volume":
+        return exporting(it)
     keys = {"secret": "other", "source_secret": "key", "source_secret_namespace": NAMESPACE}
     document = {
         "download": manifest("x", "download", sha512(raw), url=raw.as_uri()),
@@ -105,7 +117,8 @@ def names(directory: Path) -> set[str]:
 def content(it: Store) -> dict[str, str]:
     """The SHA-512 of every file of the sources."""
     images = (it.images.root / name for name in ("golden", "qcow2", "luks"))
-    return {str(path): sha512(path) for image in images for path in image.iterdir()}
+    volumes = it.images.root.with_name("volumes").glob("*")
+    return {str(path): sha512(path) for directory in (*images, *volumes) for path in directory.iterdir()}
 
 
 def check_whole(it: Store, image: BackingImage, passphrase: bytes) -> None:
