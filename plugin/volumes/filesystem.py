@@ -11,6 +11,7 @@ from plugin.host.run import run
 
 # A filesystem that is short of its device by less than this has reached it: it grows by whole groups of blocks.
 _SLACK = 1 << 20
+_RAW = "use it as a raw block device (volumeMode: Block, or ebi volume attach --block)"
 # None discards: what is new is blank, and a discarded file has lost the blocks that were reserved for it.
 _MKFS = {
     "ext4": ("mkfs.ext4", "-q", "-F", "-m", "0", "-E", "nodiscard"),
@@ -37,12 +38,11 @@ def find(device: Path, wanted: str, owner: str) -> Signature:
     """The filesystem on `device`, of the type `wanted` ("" for any). Raises PRECONDITION for anything else."""
     found = blockdev.probe(device)
     if found is None:
-        raise precondition(f"{owner} holds no filesystem", "use it as a raw block device (volumeMode: Block)")
+        raise precondition(f"{owner} holds no filesystem", _RAW)
+    if found.usage == "partitions":
+        raise precondition(f"{owner} holds a partition table ({found.type}), and only one filesystem is mounted", _RAW)
     if not found.is_filesystem:
-        raise precondition(
-            f"{owner} holds no filesystem but {found.type} ({found.usage})",
-            "use it as a raw block device (volumeMode: Block)",
-        )
+        raise precondition(f"{owner} holds no filesystem but {found.type} ({found.usage})", _RAW)
     if wanted and found.type != wanted:
         raise precondition(
             f"{owner} holds {found.type}, not {wanted}",

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from plugin.errors import EbiError, Kind
 from plugin.host import blockdev, mounts
 from plugin.settings import Settings
-from plugin.volumes import Capability, names, parameters, paths
+from plugin.volumes import Capability, filesystem, names, parameters, paths
 
 SEED = {
     "numberOfReplicas": "3",
@@ -248,3 +248,15 @@ def test_a_filesystem_that_would_take_the_node_down_is_known(tmp_path: Path, beh
     file = tmp_path / "file"
     subprocess.run(["mkfs.ext4", "-q", "-e", behaviour, file, "4M"], check=True, capture_output=True)
     assert blockdev.ext_panics(file) is expected
+
+
+def test_a_partition_table_is_not_mounted_and_what_to_do_is_said(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    first = bytes([0, 0, 0, 0, 0x83, 0, 0, 0]) + (2048).to_bytes(4, "little") + (2048).to_bytes(4, "little")
+    with disk.open("wb") as file:
+        file.write(bytes(446) + first + bytes(48) + b"\x55\xaa")
+        file.truncate(4 << 20)
+    words = r"volume pvc-1 holds a partition table \(dos\), .* \(use it as a raw block device .*attach --block"
+    with pytest.raises(EbiError, match=words) as caught:
+        filesystem.find(disk, "", "volume pvc-1")
+    assert caught.value.kind is Kind.PRECONDITION
