@@ -182,14 +182,15 @@ def is_over(kernel_name: str, path: Path) -> bool:
     return under is not None and (under.device, under.inode, under.offset) == (status.st_dev, status.st_ino, 0)
 
 
+def every() -> list[str]:
+    """The kernel names of the loop devices that have a file."""
+    return [entry.parts[-3] for entry in _SYSFS.glob("loop*/loop/backing_file")]
+
+
 def below(directory: Path) -> dict[str, str]:
-    """Every loop device over a file (deleted ones too) below `directory`: its kernel name, and that file's path."""
-    found = {}
-    for entry in _SYSFS.glob("loop*/loop/backing_file"):
-        path = _told(entry)
-        if path is not None and Path(path).is_relative_to(directory):
-            found[entry.parts[-3]] = path
-    return found
+    """Every loop device over a file (deleted ones too) that its maker saw below `directory`, with that path."""
+    told = {name: _told(_SYSFS / name / "loop/backing_file") for name in every()}
+    return {name: path for name, path in told.items() if path is not None and Path(path).is_relative_to(directory)}
 
 
 def holders(kernel_name: str) -> frozenset[str]:

@@ -28,7 +28,7 @@ def examine(node: Node) -> Iterator[Finding]:
     """Everything that is wrong, lowest cost of a repair first."""
     every = {mapper.kernel_name: mapper for mapper in dm.every()}
     ours = [mapper for mapper in every.values() if mapper.name.startswith(udev.PREFIX) and mapper.is_ours]
-    kept = set(_kept(node))
+    kept = dict(_kept(node))
     mappers = [mapper for mapper in ours if not _is_foreign(node, mapper, every, kept)]
     volumes = {volume for mapper in mappers if (volume := names.volume_of(mapper.name))}
     for volume in sorted(filter(names.is_volume_id, volumes)):
@@ -45,7 +45,7 @@ def examine(node: Node) -> Iterator[Finding]:
                 "image-idle", f"device {mapper.name}", "no volume stands on it", _FIX, imagemap.release_idle, safe=True
             )
     yield from _stale_mounts()
-    yield from _idle_loops(node)
+    yield from _idle_loops(node, kept)
 
 
 def _of_volume(node: Node, volume: str) -> Iterator[Finding]:
@@ -136,12 +136,12 @@ def _resume(volume: str) -> None:
             dm.resume(name)
 
 
-def _kept(node: Node) -> Iterator[tuple[int, int]]:
-    """Device and inode of every file of ours that a loop may be over."""
+def _kept(node: Node) -> Iterator[tuple[tuple[int, int], Path]]:
+    """Device and inode of every file of ours that a loop may be over, and its path."""
     for path in [*(record.path for record in node.records.every()), *imagemap.known(node.images.list())]:
         with suppress(FileNotFoundError):
             found = path.stat()
-            yield found.st_dev, found.st_ino
+            yield (found.st_dev, found.st_ino), path.resolve()
 
 
 def _is_foreign(node: Node, mapper: Mapper, every: Mapping[str, Mapper], kept: Container[tuple[int, int]]) -> bool:
@@ -184,22 +184,26 @@ def _unmount(mount: Mount) -> None:
         remove_target(mount.target)
 
 
-def _idle_loops(node: Node) -> Iterator[Finding]:
+def _idle_loops(node: Node, kept: Mapping[tuple[int, int], Path]) -> Iterator[Finding]:
     # One that udevd looks at goes when it closes it.
-    udev.watch().wait_until(lambda: not list(_loops(node)), 1)
-    for name, file in _loops(node):
+    udev.watch().wait_until(lambda: not list(_loops(node, kept)), 1)
+    for name, backing, file in _loops(node, kept):
         text = f"no mapper stands on it; its file is {file}"
-        yield Finding("loop-idle", f"loop {name}", text, _FIX, partial(_detach, name, file))
+        yield Finding("loop-idle", f"loop {name}", text, _FIX, partial(_detach, name, backing, file))
 
 
-def _loops(node: Node) -> Iterator[tuple[str, Path]]:
-    for root in node.roots:
-        for name, file in loop.below(root).items():
-            directory = root / Path(file).relative_to(root).parts[0]
-            if not loop.holders(name) and not is_locked(directory) and not imagemap.is_locked(Path(file)):
-                yield name, Path(file)
+def _loops(node: Node, kept: Mapping[tuple[int, int], Path]) -> Iterator[tuple[str, Backing, Path]]:
+    """The idle loops over files of ours: by the file itself as in `_is_foreign`, so with its path as we see it."""
+    for name in loop.every():
+        if loop.holders(name) or not (backing := loop.backing(name)):
+            continue
+        file = kept.get((backing.device, backing.inode), Path(backing.path))
+        for root in filter(file.is_relative_to, node.roots):
+            directory = root / file.relative_to(root).parts[0]
+            if not is_locked(directory) and not imagemap.is_locked(file):
+                yield name, backing, file
 
 
-def _detach(name: str, file: Path) -> None:
-    if not loop.holders(name) and not imagemap.is_locked(file):
+def _detach(name: str, backing: Backing, file: Path) -> None:
+    if loop.backing(name) == backing and not loop.holders(name) and not imagemap.is_locked(file):
         loop.detach(name)

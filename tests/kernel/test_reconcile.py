@@ -11,6 +11,7 @@ import pytest
 from plugin.cli import main
 from plugin.errors import EbiError, Kind
 from plugin.host import blockdev, dm, loop, mounts, udev
+from plugin.host.lock import locked
 from tests.kernel.conftest import leftovers
 from tests.kernel.world import MIB, Machine, World, tree_hash
 
@@ -50,6 +51,18 @@ def break_off(machine: Machine, *names: str) -> None:
     mounts.unmount(machine.staging / "vol")
     for name in names:
         dm.remove(name)
+
+
+def attached_elsewhere(home: Path, file: Path) -> str:
+    """A loop device over `file`, made in a mount namespace that is gone: the path that it tells is nowhere."""
+    other = home / f"as the container sees {file.parent.name}"
+    other.mkdir()
+    script = 'mount --bind "$1" "$2" && losetup --find --show "$2/$3"'
+    command = ["unshare", "--mount", "sh", "-ec", script, "sh", file.parent, other, file.name]
+    device = subprocess.check_output(command, text=True).strip()
+    backing = loop.backing(Path(device).name)
+    assert backing and not Path(backing.path).exists()
+    return device
 
 
 class TestDoctor:
@@ -108,13 +121,7 @@ class TestDoctor:
         self, machine: Machine, doctor: Doctor
     ) -> None:
         volume = machine.create("vol", 32 * MIB)
-        other = machine.home / "as the container sees it"
-        other.mkdir()
-        script = 'mount --bind "$1" "$2" && losetup --find --show "$2/vol/volume.img"'
-        command = ["unshare", "--mount", "sh", "-ec", script, "sh", volume.directory.parent, other]
-        device = subprocess.check_output(command, text=True).strip()
-        backing = loop.backing(Path(device).name)
-        assert backing and not Path(backing.path).exists(), "its namespace has gone, and the path with it"
+        device = attached_elsewhere(machine.home, volume.path)
         dm.create("ebi-vol-vol", f"0 {32 * 2048} linear {blockdev.number(Path(device))} 0")
         subprocess.run(["losetup", "--detach", device], check=True)  # goes with its mapper
         dm.suspend("ebi-vol-vol")
@@ -127,6 +134,22 @@ class TestDoctor:
         name = f"loop {Path(device).name}"
         assert doctor("--fix") == (0, {("loop-idle", name, "repaired")})
         assert not loop.below(machine.home)
+
+    def test_frees_such_a_loop_that_another_namespace_has_made_where_nobody_works_on_its_volume(
+        self, machine: Machine, doctor: Doctor
+    ) -> None:
+        volume = machine.create("vol", 32 * MIB)
+        name = Path(attached_elsewhere(machine.home, volume.path)).name
+        foreign = machine.home / "foreign" / "volume.img"
+        foreign.parent.mkdir()
+        foreign.write_bytes(bytes(MIB))
+        theirs = attached_elsewhere(machine.home, foreign)
+        with locked(volume.directory, "volume vol"):
+            assert doctor("--fix") == (0, set())
+        assert doctor("--fix") == (0, {("loop-idle", f"loop {name}", "repaired")})
+        assert [name for name in loop.every() if loop.is_over(name, volume.path)] == []
+        assert loop.is_over(Path(theirs).name, foreign)
+        subprocess.run(["losetup", "--detach", theirs], check=True)
 
     def test_unmounts_a_published_device_that_is_gone(self, machine: Machine, doctor: Doctor) -> None:
         machine.create("vol", 32 * MIB)
