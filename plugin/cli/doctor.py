@@ -7,6 +7,7 @@ from plugin import findings
 from plugin.cli import output
 from plugin.cli.output import Column
 from plugin.findings import Finding
+from plugin.host import requirements
 from plugin.host.files import private_directory
 from plugin.images import Images, health
 from plugin.settings import Settings
@@ -58,7 +59,7 @@ def run(arguments: Namespace, settings: Settings) -> int:
 
 
 def _examine(volumes: Volumes, images: Images) -> list[Finding]:
-    return [*volumes.examine(), *health.examine(images)]
+    return [*volumes.examine(), *health.examine(images), *requirements.examine()]
 
 
 def _identity(finding: Finding) -> tuple[str, str]:

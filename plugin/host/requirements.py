@@ -2,12 +2,13 @@
 
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from plugin.errors import EbiError
-from plugin.host.run import environment, run
+from plugin.findings import Finding
+from plugin.host.run import OPTIONAL, environment, run
 
-# Those of XFS and btrfs are missed when a volume wants them.
 _TOOLS = ("cryptsetup", "dmsetup", "blkid", "mount", "mkfs.ext4", "e2fsck", "resize2fs")
 _TARGETS = ("crypt", "snapshot", "zero", "linear")
 # The device node, and the module that makes it.
@@ -16,8 +17,7 @@ _NODES = {Path("/dev/mapper/control"): "dm-mod", Path("/dev/loop-control"): "loo
 
 def missing() -> list[str]:
     """The tools, modules and permissions that are not there, each with its kind; modules that can be loaded are."""
-    path = environment()["PATH"]
-    absent = [f"the tool {name}" for name in _TOOLS if shutil.which(name, path=path) is None]
+    absent = [f"the tool {name}" for name in _absent(_TOOLS)]
     unusable = [found for node, module in _NODES.items() if (found := _unusable(node, module))]
     if absent or unusable:
         return [*absent, *unusable]
@@ -25,6 +25,18 @@ def missing() -> list[str]:
     for target in lacking:
         _load(f"dm-{target}")
     return [f"the module dm-{target}" for target in (_lacking() if lacking else [])]
+
+
+def examine() -> Iterator[Finding]:
+    """The tools that are not there and that only some filesystems need: a node is ready without them."""
+    for name in _absent(OPTIONAL):
+        hint = f"install the package that holds it (Debian: {OPTIONAL[name]}) if a volume is to have that filesystem"
+        yield Finding("tool-missing", f"tool {name}", "it is not installed", hint, wrong=False)
+
+
+def _absent(names: Iterable[str]) -> list[str]:
+    path = environment()["PATH"]
+    return [name for name in names if shutil.which(name, path=path) is None]
 
 
 def _unusable(node: Path, module: str) -> str:

@@ -21,9 +21,8 @@ log = logging.getLogger(__name__)
 # A child sees only what it needs: a caller's environment may hold what must not travel.
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-
 # Where Debian has the programs that a node may do without until a volume wants them.
-_PACKAGES = {"mkfs.xfs": "xfsprogs", "xfs_growfs": "xfsprogs", "mkfs.btrfs": "btrfs-progs", "btrfs": "btrfs-progs"}
+OPTIONAL = {"mkfs.xfs": "xfsprogs", "xfs_growfs": "xfsprogs", "mkfs.btrfs": "btrfs-progs", "btrfs": "btrfs-progs"}
 
 
 class CommandError(EbiError):
@@ -66,7 +65,7 @@ def run(
             list(argv), input=stdin, capture_output=True, pass_fds=(*fds, *held()), env=environment(env), check=False
         )
     except FileNotFoundError as error:
-        package = _PACKAGES.get(argv[0])
+        package = OPTIONAL.get(argv[0])
         hint = "install the package that holds it" + (f" (Debian: {package})" if package else "")
         raise EbiError(f"{argv[0]}: no such program", kind=Kind.UNAVAILABLE, hint=hint) from error
     log.debug("ran %s: %d in %.3f s", shlex.join(argv), done.returncode, time.monotonic() - start)

@@ -10,6 +10,7 @@ import pytest
 
 from plugin.cli import main
 from plugin.errors import EbiError, Kind
+from plugin.host import requirements
 from plugin.host.lock import locked
 from plugin.images import BackingImage
 from plugin.luks import header, keyslots
@@ -55,6 +56,11 @@ def image(doctor: Doctor) -> BackingImage:
     raw = make_raw(doctor.store.work / "raw", MIB, [(0, 128 * KIB), (512 * KIB, 128 * KIB)])
     doctor.store.download(raw)
     return doctor.store.apply(clone("locked", "golden", "encrypt"))
+
+
+def test_a_tool_that_only_some_filesystems_need_is_a_note(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requirements, "OPTIONAL", {"sh": "dash", "mkfs.none": "none-progs"})
+    assert doctor("--fix") == (0, {("tool-missing", "tool mkfs.none"): "note"})
 
 
 def test_a_healthy_node_is_told_so(doctor: Doctor, image: BackingImage) -> None:
