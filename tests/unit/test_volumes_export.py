@@ -4,6 +4,7 @@
 """
 
 import os
+import shutil
 import struct
 import subprocess
 from collections.abc import Callable, Mapping
@@ -294,6 +295,15 @@ class TestRefused:
             (image if whose == "image" else volume).path.unlink()
         owner = "backing image locked" if whose == "image" else "encrypted volume vol"
         with pytest.raises(EbiError, match=f"the file of {owner} (is missing|has {MIB} bytes)") as caught:
+            node.export(exported())
+        assert caught.value.kind is Kind.PRECONDITION and caught.value.hint
+        assert not (node.store.work / "data" / "images" / "copy").exists()
+
+    def test_a_volume_whose_image_is_gone(self, node: Node) -> None:
+        image = node.store.images.get("golden")
+        node.make(image, encrypted=False, written={})
+        shutil.rmtree(image.path.parent)
+        with pytest.raises(EbiError, match="volume vol can't be read: backing image golden") as caught:
             node.export(exported())
         assert caught.value.kind is Kind.PRECONDITION and caught.value.hint
         assert not (node.store.work / "data" / "images" / "copy").exists()
