@@ -104,11 +104,11 @@ class _Client:
             return method(request)
         except self._failure as error:
             kind = self._kinds.get(error.code(), Kind.INTERNAL)
-            hint = ""
-            if kind is Kind.UNAVAILABLE:
-                denied = "Permission denied" in error.details()
+            words, hint = error.details(), ""  # an answer of the server's has its hint in it
+            if kind is Kind.UNAVAILABLE and "connect" in words:
+                denied = "Permission denied" in words
                 hint = "run this as root" if denied else f"is `ebi serve` running at {self._endpoint}?"
-            raise EbiError(error.details(), kind=kind, hint=hint) from None
+            raise EbiError(words, kind=kind, hint=hint) from None
 
     def staging(self, volume: str) -> Path:
         """Where this client has `volume` staged: beside the socket, so that it is the same for every caller."""

@@ -213,6 +213,13 @@ class TestBlankVolume:
         with failure(Kind.PRECONDITION, "volume vol holds ext4, not xfs"):
             machine.stage("vol", fs_type="xfs")
 
+    def test_a_partition_table_is_for_raw_use(self, machine: Machine, world: World) -> None:
+        machine.create("vol", 32 * MIB, world.partitioned)
+        with failure(Kind.PRECONDITION, r"volume vol holds a partition table \(dos\), .* mounted \(use .*--block"):
+            machine.stage("vol")
+        with machine.used("vol", block=True) as device, device.open("rb") as file:
+            assert file.read(512)[510:] == b"\x55\xaa"
+
 
 class TestRepeats:
     def test_every_call_may_come_again(self, machine: Machine, world: World) -> None:

@@ -83,6 +83,15 @@ class World:
         subprocess.run(["mkfs.xfs", "-q", "-s", "size=4096", raw], check=True, capture_output=True)
         return self._encrypt(self._download("xfs", raw))
 
+    @cached_property
+    def partitioned(self) -> BackingImage:
+        """A disk of 8 MiB with a partition table, encrypted."""
+        raw = self.directory / "disk.raw"
+        first = bytes([0, 0, 0, 0, 0x83, 0, 0, 0]) + (2048).to_bytes(4, "little") + (2048).to_bytes(4, "little")
+        raw.write_bytes(bytes(446) + first + bytes(48) + b"\x55\xaa")
+        os.truncate(raw, 8 * MIB)
+        return self._encrypt(self._download("disk", raw))
+
     def _download(self, name: str, raw: Path) -> BackingImage:
         return self._apply(name, "download", {"url": f"file://{raw}"})
 
