@@ -28,6 +28,17 @@ def failure(kind: Kind, match: str = "") -> AbstractContextManager[object]:
     return pytest.raises(EbiError, match=match or None, check=lambda error: error.kind is kind)
 
 
+def filled(device: Path) -> str:
+    """Write all of `device`; returns the hash of what it shows then."""
+    with device.open("r+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        for at in range(0, size, MIB):
+            file.write(os.urandom(min(MIB, size - at)))
+        os.fsync(file.fileno())
+    return file_hash(device)
+
+
 class TestVolumeFromAnImage:
     @pytest.mark.parametrize("sort", ["encrypted", "plain"])
     def test_starts_with_the_image_and_keeps_what_is_written(self, machine: Machine, world: World, sort: str) -> None:
@@ -64,12 +75,7 @@ class TestVolumeFromAnImage:
     def test_written_whole_does_not_overflow(self, machine: Machine, world: World) -> None:
         machine.create("vol", 40 * MIB + 4096, world.encrypted)
         with machine.used("vol", block=True) as target:
-            with target.open("r+b", buffering=0) as device:
-                for _ in range(40):
-                    device.write(os.urandom(MIB))
-                device.write(os.urandom(4096))
-                os.fsync(device.fileno())
-            written = file_hash(target)
+            written = filled(target)
         with machine.used("vol", block=True) as target:
             assert file_hash(target) == written
             assert not machine.volumes.stats("vol", target).condition.abnormal
@@ -106,11 +112,7 @@ class TestVolumeFromAnImage:
         with machine.used("vol", block=True) as target:
             machine.volumes.expand("vol", 40 * MIB)
             machine.volumes.node_expand("vol", target, 40 * MIB)
-            with target.open("r+b", buffering=0) as device:
-                for _ in range(40):
-                    device.write(os.urandom(MIB))
-                os.fsync(device.fileno())
-            written = file_hash(target)
+            written = filled(target)
         with machine.used("vol", block=True) as target:
             assert file_hash(target) == written
 
@@ -421,11 +423,7 @@ class TestExpand:
         with machine.used("vol", block=True) as target:
             machine.volumes.expand("vol", 48 * MIB)
             machine.volumes.node_expand("vol", target, 48 * MIB)
-            with target.open("r+b", buffering=0) as device:
-                for _ in range(48):
-                    device.write(os.urandom(MIB))
-                os.fsync(device.fileno())
-            written = file_hash(target)
+            written = filled(target)
         with machine.used("vol", block=True) as target:
             assert file_hash(target) == written
 
