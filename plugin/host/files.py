@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from plugin.errors import exhausted, precondition
+from plugin.errors import exhausted, invalid, precondition
 
 _FICLONE = 0x4004_9409  # linux/fs.h
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
@@ -85,6 +85,19 @@ def data_extents(fd: int, start: int = 0, end: int | None = None) -> Iterator[Ex
             return
         offset = min(os.lseek(fd, data, os.SEEK_HOLE), end)
         yield Extent(data, offset - data)
+
+
+def read_exactly(fd: int, buffer: memoryview, offset: int) -> None:
+    """Fill `buffer` from byte `offset` of the file `fd`. Raises INVALID where the file ends before.
+
+    In front of what the disk can't read, a read ends short; the next one tells the error.
+    """
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(fd, [buffer[done:]], offset + done)
+        if count == 0:
+            raise invalid(f"the file ends at byte {offset + done}, in the middle of its data", "it is truncated")
+        done += count
 
 
 def share(source: int, target: int) -> bool:

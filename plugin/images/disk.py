@@ -1,12 +1,10 @@
 """A disk that lies in a file byte for byte, plain or as the payload of a LUKS2 device."""
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from plugin.errors import invalid
-from plugin.host.files import Extent, data_extents
+from plugin.host.files import Extent, data_extents, read_exactly
 from plugin.images import extents
 from plugin.luks.payload import Cipher
 
@@ -94,13 +92,3 @@ class Disk:
     def restored(cls, value: Mapping[str, Any]) -> "Disk":
         """The inverse of `description`."""
         return cls(value["fd"], value["size"], value["base"], CipherSpec.restored(value["cipher"]))
-
-
-def read_exactly(fd: int, buffer: memoryview, offset: int) -> None:
-    """Fill `buffer` from byte `offset` of the file `fd`. Raises INVALID where the file ends before."""
-    done = 0
-    while done < len(buffer):
-        count = os.preadv(fd, [buffer[done:]], offset + done)
-        if count == 0:
-            raise invalid(f"the file ends at byte {offset + done}, in the middle of its data", "it is truncated")
-        done += count

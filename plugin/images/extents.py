@@ -4,11 +4,10 @@ In an encrypted file a hole of the file is a hole of the disk. A ciphertext sect
 that a sector of random-looking bytes comes out as zeros has a chance of 2^-32768. So the map can be rebuilt.
 """
 
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from plugin.host.files import Extent, data_extents, read_json, write_json
+from plugin.host.files import Extent, data_extents, read_exactly, read_json, write_json
 from plugin.images import sums
 from plugin.images.sums import Sum
 
@@ -118,7 +117,8 @@ def _not_zero(fd: int, base: int, size: int) -> Iterator[Extent]:
     zeros = bytes(BLOCK)
     for run in data_extents(fd, base, base + size):
         for at in range(run.start, run.end, _CHUNK):
-            data = os.pread(fd, min(_CHUNK, run.end - at), at)
+            data = bytearray(min(_CHUNK, run.end - at))
+            read_exactly(fd, memoryview(data), at)
             for inside in range(0, len(data), BLOCK):
                 block = data[inside : inside + BLOCK]
                 if block != zeros[: len(block)]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from plugin.errors import EbiError, precondition
-from plugin.host.files import Extent, data_extents
+from plugin.host.files import Extent, data_extents, read_exactly
 from plugin.images import engine, extents, operations
 from plugin.images.disk import Disk
 from plugin.images.image import BackingImage, State
@@ -131,11 +131,13 @@ def _identity(path: Path) -> tuple[int, int, int]:
 
 def _sha512(fd: int, advance: Callable[[int], None]) -> str:
     """The SHA-512 of the file, holes included; what it reads does not stay in the page cache."""
-    digest = hashlib.sha512()
+    digest, piece = hashlib.sha512(), memoryview(bytearray(_PIECE))
     for run, is_data in _all(fd):
         for at in range(run.start, run.end, _PIECE):
             length = min(_PIECE, run.end - at)
-            digest.update(os.pread(fd, length, at) if is_data else memoryview(_ZEROS)[:length])
+            if is_data:
+                read_exactly(fd, piece[:length], at)
+            digest.update(piece[:length] if is_data else memoryview(_ZEROS)[:length])
             advance(length)
         if is_data:
             os.posix_fadvise(fd, run.start, run.length, os.POSIX_FADV_DONTNEED)

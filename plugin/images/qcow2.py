@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from plugin.errors import EbiError, invalid, unsupported
-from plugin.host.files import Extent
+from plugin.host.files import Extent, read_exactly
 
 # magic, version, backing file offset and size, cluster bits, size, encryption method, L1 size and offset, refcount
 # table's offset and clusters, snapshots and their offset; version 3 goes on with three sets of feature bits, the
@@ -168,8 +168,8 @@ class Qcow2:
             part = buffer[start - inside : end - inside]
             if run.host is None:
                 part[:] = bytes(len(part))
-            elif os.preadv(self._fd, [part], run.host + start - run.start) != len(part):
-                raise self._damaged("data behind its end")
+            else:
+                read_exactly(self._fd, part, run.host + start - run.start)
 
     def _table(self, number: int) -> "array[int] | None":
         """The second-level table `number`, None where there is none; a few are kept."""
@@ -189,9 +189,8 @@ class Qcow2:
     def _numbers(self, offset: int, count: int) -> "array[int]":
         if offset % self._cluster or offset + 8 * count > self._file_size:
             raise self._damaged(f"a table at {offset}, behind its end or between clusters")
-        numbers = array("Q", os.pread(self._fd, 8 * count, offset))
-        if len(numbers) != count:
-            raise self._damaged(f"a table at {offset} behind its end")
+        numbers = array("Q", bytes(8 * count))
+        read_exactly(self._fd, memoryview(numbers).cast("B"), offset)
         if sys.byteorder == "little":
             numbers.byteswap()
         return numbers
@@ -239,7 +238,8 @@ class Qcow2:
         return runs
 
     def _unpacked(self, packed: _Packed) -> bytes:
-        data = os.pread(self._fd, packed.length, packed.host)
+        data = bytearray(packed.length)
+        read_exactly(self._fd, memoryview(data), packed.host)
         try:
             plain = self._inflated(data) if self._compression == _DEFLATE else self._unzstd(data)
         except zlib.error:
@@ -248,10 +248,10 @@ class Qcow2:
             raise self._damaged(f"a compressed cluster at {packed.host} that does not decompress")
         return plain
 
-    def _inflated(self, data: bytes) -> bytes:
+    def _inflated(self, data: bytearray) -> bytes:
         return zlib.decompressobj(-15).decompress(data, self._cluster)
 
-    def _unzstd(self, data: bytes) -> bytes:
+    def _unzstd(self, data: bytearray) -> bytes:
         import zstandard  # noqa: PLC0415 - few files need it
 
         try:

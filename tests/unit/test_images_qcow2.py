@@ -1,5 +1,6 @@
 """qcow2 is read as qemu-img reads it, and what it must not read is refused."""
 
+import errno
 import os
 import random
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from plugin.errors import EbiError, Kind
+from plugin.images import extents, integrity
 from plugin.images.formats import Format, opened
 from tests.unit.conftest import KIB, MIB, Store, clone, make_raw, sha512
 
@@ -181,3 +183,33 @@ def test_damage_anywhere_is_an_error_or_harmless_but_never_worse(tmp_path: Path,
             assert error.kind in (Kind.INVALID, Kind.UNSUPPORTED)
             errors += 1
     assert errors > 10
+
+
+@pytest.mark.parametrize("options", [(), ("-c",)])
+def test_where_the_disk_can_t_be_read_that_is_the_error_and_not_a_damaged_file(
+    raw: Path, tmp_path: Path, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = convert(raw, tmp_path / "qcow2", *options)
+    bad, preadv = path.stat().st_size // 2 // KIB * KIB | KIB, os.preadv
+
+    def read(fd: int, buffers: list[memoryview], offset: int) -> int:
+        """As the kernel does with a sector that fails: a read ends in front of it."""
+        if offset <= bad < offset + len(buffers[0]):
+            if bad == offset:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            buffers = [buffers[0][: bad - offset]]
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", read)
+    with pytest.raises(OSError, match="Input/output error"):
+        content(path)
+
+
+def test_what_is_read_in_small_parts_is_the_same(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, preadv = convert(raw, tmp_path / "qcow2"), os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:4096]], offset))
+    assert content(path) == raw.read_bytes()
+    with raw.open("rb") as file:
+        assert integrity._sha512(file.fileno(), lambda _: None) == sha512(raw)
+        found = extents.rebuilt(file.fileno(), 0, DISK)
+    assert all(any(run.start <= start < start + length <= run.end for run in found) for start, length in RUNS)
