@@ -44,32 +44,35 @@ class Disk:
         """Have all sectors work."""
         replace(self.name, f"0 {self.size // SECTOR} linear {blockdev.number(self.device)} 0\n")
 
-    def fail(self, file: Path, dice: Random | None = None) -> None:
-        """Have every sector that holds data of `file` fail; with `dice` only some, in its second half."""
+    def fail(self, file: Path, dice: Random | None = None, start: int = 0) -> None:
+        """Have every sector fail that holds data of `file` from its byte `start` on; with `dice` only some of them."""
         number = blockdev.number(self.device)
         done, lines = 0, []
-        places = list(_places(file))
+        places = list(_places(file, start // SECTOR))
         if dice:
-            start, length = dice.choice(places[len(places) // 2 :])
+            begin, length = dice.choice(places)
             first = dice.randrange(length)
-            places = [(start + first, min(dice.randrange(8, 64), length - first))]
-        for start, length in sorted(places):
-            if start > done:
-                lines.append(f"{done} {start - done} linear {number} {done}")
-            lines.append(f"{start} {length} error")
-            done = start + length
+            places = [(begin + first, min(dice.randrange(8, 64), length - first))]
+        for begin, length in sorted(places):
+            if begin > done:
+                lines.append(f"{done} {begin - done} linear {number} {done}")
+            lines.append(f"{begin} {length} error")
+            done = begin + length
         if self.size // SECTOR > done:
             lines.append(f"{done} {self.size // SECTOR - done} linear {number} {done}")
         replace(self.name, "\n".join(lines) + "\n")
 
 
-def _places(file: Path) -> Iterator[tuple[int, int]]:
-    """(start, length) in sectors of the disk of each run of `file`."""
+def _places(file: Path, start: int) -> Iterator[tuple[int, int]]:
+    """(start, length) in sectors of the disk of each run of `file` from its sector `start` on."""
     said = subprocess.check_output(["filefrag", "-e", "-b512", "-s", file], text=True)
     for line in said.splitlines():
         words = line.replace(":", " ").replace("..", " ").split()
         if words and words[0].isdigit():
-            yield int(words[3]), int(words[4]) - int(words[3]) + 1
+            first, last, at = (int(word) for word in words[1:4])
+            skipped = max(0, start - first)
+            if first + skipped <= last:
+                yield at + skipped, last - first - skipped + 1
 
 
 @contextmanager
