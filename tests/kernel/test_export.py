@@ -1,5 +1,6 @@
 """Images made from volumes that the kernel has written: detached, attached and in use, and with the exporter killed."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from plugin.images import BackingImage, DocumentSecrets, Images
 from plugin.settings import Settings
 from plugin.volumes import Capability, Volumes, disks
 from tests.kernel.world import MIB, SECRET, Machine, World, file_hash, tree_hash
+from tests.killing import PROGRAMS, killed_at
 
 SECRETS = DocumentSecrets([{"kind": "Secret", "metadata": {"name": "key", "namespace": "tests"}, "stringData": SECRET}])
 
@@ -162,6 +164,31 @@ def test_a_killed_exporter_lets_the_volume_go_on(machine: Machine, world: World)
     assert udev.watch().wait_until(lambda: not _suspended(), 30)
     (target / "file").write_text("written")
     machine.unstage("vol")
+
+
+def test_an_export_killed_at_any_step_of_the_capture_leaves_the_volume_at_work(machine: Machine, world: World) -> None:
+    machine.create("vol", 32 * MIB, world.encrypted)
+    target, images = machine.stage("vol"), world.images
+    for number in itertools.count():
+        (target / "file").write_bytes(os.urandom(70_000))
+        assert killed_at(number, lambda: exported(machine, "copy"), PROGRAMS | {"os.copy_file_range"})
+        assert udev.watch().wait_until(lambda: not _suspended(), 10), number
+        (target / "later").write_text("goes on")
+        found = [image for image in images.list() if image.name == "copy"]
+        images.recover()
+        assert all({entry.name for entry in image.directory.iterdir()} == {"record.json"} for image in found), number
+        if any("stood still" in event.message for image in found for event in image.status.events):
+            break  # from here on it has nothing to do with the volume
+    assert number > 3
+    assert not machine.volumes.stats("vol", target).condition.abnormal
+    wanted = tree_hash(target)
+    image = exported(machine, "copy")
+    machine.unstage("vol")
+    machine.create("new", 32 * MIB, image)
+    assert tree_hash(machine.stage("new")) == wanted
+    machine.unstage("new")
+    machine.volumes.delete("new")
+    remove(machine, "copy")
 
 
 def _suspended() -> list[str]:
