@@ -1,11 +1,11 @@
 """The server is killed at a boundary of each call, starts again, and is asked again: nothing is lost, nothing leaks.
 
-Each cycle kills every call once, each further in than the last cycle did. EBI_KILL_CYCLES sets how many (40 reach every
-boundary), EBI_KILL_SEED repeats a run, EBI_KILL_EVERYTHING=1 counts each file that is written, too.
+Each cycle kills every call once, one boundary further in than the last cycle did, until no call has one left, or
+EBI_KILL_CYCLES (default 18) have been. Calls that are about files are killed before each change of one; the others
+before each program that they start and each mount, or with EBI_KILL_EVERYTHING=1 before each change of a file, too.
 """
 
 import os
-import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,23 +16,24 @@ from tests.kernel.conftest import leftovers
 from tests.kernel.world import MIB, Machine, World, tree_hash
 from tests.killing import EVERYTHING, PROGRAMS, killed_at
 
-CYCLES = int(os.environ.get("EBI_KILL_CYCLES", "3"))
-SEED = int(os.environ.get("EBI_KILL_SEED", str(random.SystemRandom().randrange(1 << 32))))
+CYCLES = int(os.environ.get("EBI_KILL_CYCLES", "18"))
+# In calls that start programs.
 KINDS = EVERYTHING if os.environ.get("EBI_KILL_EVERYTHING") else PROGRAMS
-# A stage has about that many more boundaries than other calls.
-STEP = 1 if CYCLES > 9 else 3
+CALLS = {
+    "create", "stage", "publish", "controller expand", "node expand", "unpublish", "unstage", "stage again", "delete",
+}  # fmt: skip
 
 
 class Killer:
-    """Calls that are killed once, and made again as a new server would."""
+    """Calls that are killed once, before their boundary `number`, and made again as a new server would."""
 
     def __init__(self, machine: Machine, number: int) -> None:
         self._machine, self._number = machine, number
         self.killed: set[str] = set()
 
-    def __call__(self, name: str, call: Callable[[], object], *, step: int = 1) -> None:
-        """Have `call` killed before its boundary `number` times `step`, recover, and call again."""
-        if killed_at(self._number * step, call, KINDS):
+    def __call__(self, name: str, call: Callable[[], object], kinds: frozenset[str] = EVERYTHING) -> None:
+        """Have `call` killed, recover, and call again."""
+        if killed_at(self._number, call, kinds):
             self.killed.add(name)
         self._machine.volumes.recover()
         call()
@@ -44,35 +45,41 @@ def machine(home: Path, world: World) -> Machine:
 
 
 def test_no_call_minds_being_killed(machine: Machine, world: World) -> None:
-    chance = random.Random(SEED)
-    killed: set[str] = set()
-    target = machine.home / "vol-target"
     for number in range(CYCLES):
-        machine.create("vol", 32 * MIB, world.encrypted)
-        call = Killer(machine, number if CYCLES > 9 else number + chance.randrange(2) * (number > 0))
-        call("stage", lambda: machine.stage("vol"), step=STEP)
-        call("publish", lambda: machine.publish("vol"))
-        with (target / "new").open("wb") as file:
-            file.write(os.urandom(2 * MIB))
-            os.fsync(file.fileno())
-        content = tree_hash(target)
-        assert content.items() >= world.files.items(), (SEED, number)
-        call("controller expand", lambda: machine.volumes.expand("vol", 48 * MIB))
-        call("node expand", lambda: machine.volumes.node_expand("vol", target, 48 * MIB))
-        assert blockdev.size(dm.path("ebi-vol-vol")) == 48 * MIB
-        with dm.path("ebi-vol-vol").open("rb") as device:  # to its very end, which the base must have reached, too
-            device.seek(47 * MIB)
-            assert len(device.read()) == MIB
-        assert tree_hash(target) == content, (SEED, number)
-        assert not machine.volumes.stats("vol", target).condition.abnormal
-        call("unpublish", lambda: machine.unpublish("vol"))
-        call("unstage", lambda: machine.unstage("vol"))
-        assert leftovers() == [], (SEED, number)
-        call("stage again", lambda: machine.stage("vol"), step=STEP)
-        assert tree_hash(machine.staging / "vol") == content, (SEED, number)
-        machine.unstage("vol")
-        call("delete", lambda: machine.volumes.delete("vol"))
-        assert leftovers() == [], (SEED, number)
-        assert not any((machine.home / "volumes").iterdir())
-        killed |= call.killed
-    assert {"stage", "node expand", "unstage", "stage again"} <= killed, "the kills came too late"
+        killed = cycle(machine, world, number)
+        assert number or killed == CALLS
+        if not killed:
+            break
+
+
+def cycle(machine: Machine, world: World, number: int) -> set[str]:
+    """A volume's life, each call of it killed before its boundary `number`; returns which had so many."""
+    image, target = world.encrypted, machine.home / "vol-target"
+    call = Killer(machine, number)
+    call("create", lambda: machine.create("vol", 32 * MIB, image))
+    assert [volume.id for volume in machine.volumes.list()] == ["vol"]
+    call("stage", lambda: machine.stage("vol"), KINDS)
+    call("publish", lambda: machine.publish("vol"))
+    with (target / "new").open("wb") as file:
+        file.write(os.urandom(2 * MIB))
+        os.fsync(file.fileno())
+    content = tree_hash(target)
+    assert content.items() >= world.files.items(), number
+    call("controller expand", lambda: machine.volumes.expand("vol", 48 * MIB))
+    call("node expand", lambda: machine.volumes.node_expand("vol", target, 48 * MIB), KINDS)
+    assert blockdev.size(dm.path("ebi-vol-vol")) == 48 * MIB
+    with dm.path("ebi-vol-vol").open("rb") as device:  # to its very end, which the base must have reached, too
+        device.seek(47 * MIB)
+        assert len(device.read()) == MIB
+    assert tree_hash(target) == content, number
+    assert not machine.volumes.stats("vol", target).condition.abnormal
+    call("unpublish", lambda: machine.unpublish("vol"))
+    call("unstage", lambda: machine.unstage("vol"), KINDS)
+    assert leftovers() == [], number
+    call("stage again", lambda: machine.stage("vol"), KINDS)
+    assert tree_hash(machine.staging / "vol") == content, number
+    machine.unstage("vol")
+    call("delete", lambda: machine.volumes.delete("vol"))
+    assert leftovers() == [], number
+    assert not any((machine.home / "volumes").iterdir()), number
+    return call.killed
