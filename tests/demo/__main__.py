@@ -30,17 +30,13 @@ def step(title: str) -> Iterator[None]:
     print(f"   {time.monotonic() - start:.1f} s", flush=True)
 
 
-def example(template: str, work: Path, **changes: str) -> Path:
-    """A manifest of deploy/examples, with spec.checksum, sourceParameters.url or metadata.name filled in."""
+def example(template: str, work: Path, name: str = "", checksum: str = "", **parameters: str) -> Path:
+    """A manifest of deploy/examples, with its name, checksum or some of its sourceParameters (`_` for `-`) changed."""
     document = yaml.safe_load((EXAMPLES / template).read_text())
-    if "url" in changes:
-        document["spec"]["sourceParameters"]["url"] = changes["url"]
-        document["spec"]["checksum"] = changes["checksum"]
-    if "name" in changes:
-        document["metadata"]["name"] = changes["name"]
-    for key in ("backing-image", "sparse"):
-        if key.replace("-", "_") in changes:
-            document["spec"]["sourceParameters"][key] = changes[key.replace("-", "_")]
+    document["metadata"]["name"] = name or document["metadata"]["name"]
+    if checksum:
+        document["spec"]["checksum"] = checksum
+    document["spec"]["sourceParameters"] |= {key.replace("_", "-"): value for key, value in parameters.items()}
     path = work / f"{document['metadata']['name']}.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     return path

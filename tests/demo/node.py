@@ -100,8 +100,8 @@ class Kubelet:
     """The calls that kubelet and the provisioner make, with one filesystem volume in mind."""
 
     def __init__(self, channel: grpc.Channel) -> None:
-        self._controller = csi_pb2_grpc.ControllerStub(channel)
-        self._node = csi_pb2_grpc.NodeStub(channel)
+        self.controller = csi_pb2_grpc.ControllerStub(channel)
+        self.node = csi_pb2_grpc.NodeStub(channel)
         mode = csi_pb2.VolumeCapability.AccessMode(mode=csi_pb2.VolumeCapability.AccessMode.SINGLE_NODE_WRITER)
         self.capability = csi_pb2.VolumeCapability(
             access_mode=mode, mount=csi_pb2.VolumeCapability.MountVolume(fs_type="ext4")
@@ -117,7 +117,7 @@ class Kubelet:
         )
         while True:
             try:
-                return self._controller.CreateVolume(request).volume.volume_id
+                return self.controller.CreateVolume(request).volume.volume_id
             except grpc.RpcError as error:
                 if error.code() is not grpc.StatusCode.ABORTED:
                     raise
@@ -132,7 +132,7 @@ class Kubelet:
             volume_capability=self.capability,
             secrets=secrets,
         )
-        self._node.NodeStageVolume(request)
+        self.node.NodeStageVolume(request)
 
     def publish(self, volume: str, staging: Path, target: Path) -> None:
         """NodePublishVolume."""
@@ -143,18 +143,18 @@ class Kubelet:
             target_path=str(target),
             volume_capability=self.capability,
         )
-        self._node.NodePublishVolume(request)
+        self.node.NodePublishVolume(request)
 
     def unpublish(self, volume: str, target: Path) -> None:
         """NodeUnpublishVolume."""
-        self._node.NodeUnpublishVolume(csi_pb2.NodeUnpublishVolumeRequest(volume_id=volume, target_path=str(target)))
+        self.node.NodeUnpublishVolume(csi_pb2.NodeUnpublishVolumeRequest(volume_id=volume, target_path=str(target)))
 
     def unstage(self, volume: str, staging: Path) -> None:
         """NodeUnstageVolume."""
-        self._node.NodeUnstageVolume(
+        self.node.NodeUnstageVolume(
             csi_pb2.NodeUnstageVolumeRequest(volume_id=volume, staging_target_path=str(staging))
         )
 
     def delete(self, volume: str) -> None:
         """DeleteVolume."""
-        self._controller.DeleteVolume(csi_pb2.DeleteVolumeRequest(volume_id=volume))
+        self.controller.DeleteVolume(csi_pb2.DeleteVolumeRequest(volume_id=volume))

@@ -3,12 +3,12 @@
 import base64
 import os
 import secrets
-import stat
+import subprocess
 import tempfile
 import time
-import urllib.parse
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -16,106 +16,230 @@ import grpc
 import pytest
 import yaml
 
+from csi.stubs import csi_pb2
+from plugin.host import loop
 from tests.demo import golden
 from tests.demo.__main__ import example
-from tests.demo.node import Node
+from tests.demo.node import Kubelet, Node
 
-CANARY = "canary-" + secrets.token_hex(16)
-WRONG = "wrong-" + secrets.token_hex(16)
+CANARY = secrets.token_hex(18)  # every passphrase begins with it
+# As it might be written down; a multiple of three bytes, so that base64 of what begins with it begins so as well.
+NEEDLES = (CANARY.encode(), base64.b64encode(CANARY.encode()), CANARY.encode().hex().encode())
 MIB = 1 << 20
+PARAMETERS = {"encrypted": "true", "backingImage": "parrot-cloned-encrypted"}
+# Every argv and environment of every program that is started, from the kernel; it stops programs at execve only,
+# since every system call would take for ever.
+TRACER = ["strace", "--daemonize", "--follow-forks", "--seccomp-bpf", "--trace=execve", "-v", "-s", "65536"]
 
 
-def needles() -> Iterator[bytes]:
-    """The passphrases as they might be written down."""
-    for text in (CANARY, WRONG):
-        raw = text.encode()
-        yield from (raw, base64.b64encode(raw)[:-4], raw.hex().encode(), urllib.parse.quote(text).encode())
+@dataclass(frozen=True)
+class Run:
+    """A node below `work`, and what its user gives: the only files in which a passphrase may stand.
+
+    `secret` opens images and volumes, `new` does after a change, `wrong` has the name of `secret` and opens nothing.
+    """
+
+    work: Path
+    node: Node
+    secret: Path
+    new: Path
+    wrong: Path
+    start: float  # seconds of the epoch
+
+    def refused(self, *arguments: str | Path, times: int = 1) -> None:
+        """`ebi` fails for the wrong passphrase."""
+        done = self.node.ebi(*arguments, fails=True)
+        assert done.stderr.count("passphrase does not open") == times
+
+
+@pytest.fixture
+def run(home: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """One that tells and logs as much as it can, and whose every program is traced."""
+    start = time.time() - 1  # a file's times lag behind by a tick
+    monkeypatch.setenv("EBI_LOG_LEVEL", "debug")
+    monkeypatch.setenv("EBI_DEVICE_TEMPLATE", f"{home}/device-{{volume}}")
+    node = Node(home, [*TRACER, "--output", str(home / "execve"), "--output-append-mode"])
+    monkeypatch.setenv("CSI_ENDPOINT", f"unix://{node.socket}")
+    given = home / "given"
+    given.mkdir()
+    return Run(
+        home,
+        node,
+        secret=secret_file(given / "secret.yaml", "longhorn-crypto", "first"),
+        new=secret_file(given / "new.yaml", "new", "second"),
+        wrong=secret_file(given / "wrong.yaml", "longhorn-crypto", "wrong"),
+        start=start,
+    )
+
+
+def secret_file(path: Path, name: str, ending: str) -> Path:
+    """A Secret document with a cheap key derivation; its passphrase is the canary with the `ending`."""
+    data = {"CRYPTO_KEY_VALUE": CANARY + ending, "CRYPTO_PBKDF": "pbkdf2", "CRYPTO_PBKDF_FORCE_ITERATIONS": "1000"}
+    metadata = {"name": name, "namespace": "longhorn-system"}
+    path.write_text(yaml.safe_dump({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": data}))
+    return path
+
+
+def data_of(secret: Path) -> dict[str, str]:
+    """What kubelet makes of a Secret."""
+    return dict(yaml.safe_load(secret.read_text())["stringData"])
+
+
+@contextmanager
+def refused() -> Iterator[None]:
+    """The block is refused over CSI, and its words are printed, where they are hunted."""
+    with pytest.raises(grpc.RpcError) as caught:
+        yield
+    print(caught.value)
+
+
+def make_images(run: Run) -> None:
+    """Download, encrypt, decrypt, re-encrypt."""
+    work, raw = run.work, run.work / "golden.raw"
+    (work / "tree").mkdir()
+    golden.fill_tree(Path(golden.__file__).parent, work / "tree", MIB)
+    golden.make_raw(work / "tree", raw, 16 * MIB)
+    download = example("1-download.yaml", work, url=raw.as_uri(), checksum=golden.sha512(raw))
+    run.node.ebi("apply", "-f", run.secret, "-f", download, "-f", example("3-encrypt.yaml", work))
+    source = {"backing_image": "parrot-cloned-encrypted", "source_secret": "longhorn-crypto"}
+    source["source_secret_namespace"] = "longhorn-system"
+    reencrypt = example("3-encrypt.yaml", work, name="reencrypted", encryption="reencrypt", secret="new", **source)
+    clones = ("-f", run.new, "-f", example("4-decrypt.yaml", work), "-f", reencrypt)
+    run.refused("apply", "-f", run.wrong, *clones, times=2)
+    run.node.ebi("apply", "-f", run.secret, *clones)
+
+
+def change_an_image(run: Run) -> None:
+    """Its passphrase, its header; from here on the new passphrase opens it as well."""
+    name, header = "parrot-cloned-encrypted", run.work / "header"
+    run.refused("image", "rekey", name, "--old", run.wrong, "--new", run.new)
+    run.node.ebi("image", "rekey", name, "--old", run.secret, "--new", run.new, "--keep-old")
+    run.node.ebi("image", "header", "backup", name, header)
+    run.node.ebi("image", "header", "restore", name, header)
+    run.node.ebi("image", "verify", name)
+
+
+def export_an_image(run: Run) -> None:
+    """Decrypted, and dense."""
+    export = ("image", "export", "parrot-cloned-encrypted")
+    run.refused(*export, run.work / "refused", "--decrypt", "-f", run.wrong)
+    run.node.ebi(*export, run.work / "decrypted", "--decrypt", "-f", run.secret)
+    run.node.ebi(*export, run.work / "dense", "--dense", "-f", run.secret)
+
+
+def use_a_volume(run: Run, kubelet: Kubelet) -> None:
+    """Stage, publish, expand, rekey, attach by hand; exported while it is in use and when it is not."""
+    node, given = run.node, data_of(run.secret)
+    volume = kubelet.create("canary", 32 * MIB, PARAMETERS)
+    staging, target = node.staging / volume, run.work / "target"
+    for bad in (data_of(run.wrong), {**given, "CRYPTO_KEY_PROVIDER": "vault"}):
+        with refused():
+            kubelet.stage(volume, staging, bad)
+    kubelet.stage(volume, staging, given)
+    kubelet.publish(volume, staging, target)
+    grown = csi_pb2.CapacityRange(required_bytes=48 * MIB)
+    kubelet.controller.ControllerExpandVolume(
+        csi_pb2.ControllerExpandVolumeRequest(volume_id=volume, capacity_range=grown, secrets=given)
+    )
+    kubelet.node.NodeExpandVolume(
+        csi_pb2.NodeExpandVolumeRequest(volume_id=volume, volume_path=str(target), capacity_range=grown, secrets=given)
+    )
+    export = example("6-export.yaml", run.work, name="exported-in-use", volume_name=volume)
+    run.refused("apply", "-f", run.wrong, "-f", export)
+    node.ebi("apply", "-f", run.secret, "-f", export)
+    run.refused("volume", "rekey", volume, "--secret", run.wrong, "--new-secret", run.new)
+    node.ebi("volume", "rekey", volume, "--secret", run.secret, "--new-secret", run.new)
+    kubelet.unpublish(volume, target)
+    kubelet.unstage(volume, staging)
+    run.refused("volume", "attach", volume, target, "-f", run.wrong)
+    node.ebi("volume", "attach", volume, target, "-f", run.new)
+    node.ebi("volume", "detach", volume)
+    export = example("6-export.yaml", run.work, name="exported", volume_name=volume, secret="new")
+    node.ebi("apply", "-f", run.new, "-f", export)
+
+
+def use_an_inline_volume(run: Run, kubelet: Kubelet) -> None:
+    """It is made, staged and published by one call, and goes with its unpublish."""
+    target = run.work / "pod" / "mount"
+    target.parent.mkdir()
+
+    def publish(secret: Path) -> None:
+        kubelet.node.NodePublishVolume(
+            csi_pb2.NodePublishVolumeRequest(
+                volume_id="csi-" + "0f" * 32,
+                target_path=str(target),
+                volume_capability=kubelet.capability,
+                secrets=data_of(secret),
+                volume_context={"csi.storage.k8s.io/ephemeral": "true", "size": "32Mi", **PARAMETERS},
+            )
+        )
+
+    with refused():
+        publish(run.wrong)
+    publish(run.secret)
+    kubelet.unpublish("csi-" + "0f" * 32, target)
+
+
+def use_an_attached_device(run: Run, kubelet: Kubelet) -> None:
+    """It is formatted, then opened."""
+    staging, device = run.node.staging / "pvc-1", run.work / "disk"
+    staging.mkdir(parents=True)
+    device.write_bytes(bytes(32 * MIB))
+
+    def stage(secret: Path) -> None:
+        kubelet.node.NodeStageVolume(
+            csi_pb2.NodeStageVolumeRequest(
+                volume_id="pvc-1",
+                staging_target_path=str(staging),
+                volume_capability=kubelet.capability,
+                secrets=data_of(secret),
+                volume_context={"encrypted": "true", "ebi/formatted": "false"},
+            )
+        )
+
+    with loop.attached(device) as attached:
+        (run.work / "device-pvc-1").symlink_to(attached)
+        stage(run.secret)
+        kubelet.unstage("pvc-1", staging)
+        with refused():
+            stage(run.wrong)
+        stage(run.secret)
+        kubelet.unstage("pvc-1", staging)
 
 
 def changed(folder: Path, since: float) -> Iterator[tuple[Path, bytes]]:
     """The regular files below `folder` that were written after `since`, seconds of the epoch, and what is in them."""
     with tempfile.TemporaryFile(dir=folder) as new:
-        device = os.fstat(
-            new.fileno()
-        ).st_dev  # in the virtual machine the host's files, which others use, have another
-    for directory, _, names in os.walk(folder):
-        for file in (Path(directory, name) for name in names):
-            with suppress(FileNotFoundError):  # somebody's temporary file
-                status = file.lstat()
-                if stat.S_ISREG(status.st_mode) and status.st_ctime >= since and status.st_dev == device:
-                    yield file, file.read_bytes()
+        # In the virtual machine the host's files, which others use, have another one.
+        device = os.fstat(new.fileno()).st_dev
+    # As fast as it gets, for /tmp may hold much.
+    command = ["find", folder, "-type", "f", "-newerct", f"@{since}", "-printf", "%D %p\\n"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout  # files may vanish under it
+    for line in listed.splitlines():
+        found, _, file = line.partition(" ")
+        if int(found) == device:
+            with suppress(FileNotFoundError):
+                yield Path(file), Path(file).read_bytes()
 
 
-def secret_file(path: Path, passphrase: str, iterations: str = "1000") -> Path:
-    """A Secret document with a cheap key derivation."""
-    data = {"CRYPTO_KEY_VALUE": passphrase, "CRYPTO_PBKDF": "pbkdf2", "CRYPTO_PBKDF_FORCE_ITERATIONS": iterations}
-    metadata = {"name": "longhorn-crypto", "namespace": "longhorn-system"}
-    path.write_text(yaml.safe_dump({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": data}))
-    return path
+def test_no_passphrase_is_found_anywhere_after_a_full_run(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    make_images(run)
+    change_an_image(run)
+    export_an_image(run)
+    with run.node.server() as kubelet:
+        use_a_volume(run, kubelet)
+        use_an_inline_volume(run, kubelet)
+        use_an_attached_device(run, kubelet)
+        run.node.ebi("doctor")
+        print(run.node.metrics())
+    said = "".join(capfd.readouterr()).encode()
+    assert (run.work / "execve").read_bytes().count(b"cryptsetup") > 20, "the trace saw nothing"
 
-
-def test_no_passphrase_is_found_anywhere_after_a_full_run(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    work, start = home, time.time() - 1  # a file's times lag behind by a tick
-    outside = work / "given"  # what the user gives; the only place where the passphrase may stand
-    outside.mkdir()
-    secret, wrong = secret_file(outside / "secret.yaml", CANARY), secret_file(outside / "wrong.yaml", WRONG)
-    dearer = secret_file(outside / "dearer.yaml", CANARY, "2000")
-    given_files = (secret, wrong, dearer)
-    trace = work / "execve"  # every argv and environment of every program that is started, from the kernel
-    node = Node(
-        work,
-        [
-            "strace",
-            "--daemonize",
-            "--follow-forks",
-            "--seccomp-bpf",  # stop at execve only; every system call would take for ever
-            "--output",
-            str(trace),
-            "--output-append-mode",
-            "--trace=execve",
-            "-v",
-            "-s",
-            "65536",
-        ],
-    )
-    node.options = ["--log-level", "debug"]
-    tree, raw = work / "tree", work / "golden.raw"
-    tree.mkdir()
-    golden.fill_tree(Path(golden.__file__).parent, tree, MIB)
-    golden.make_raw(tree, raw, 16 * MIB)
-
-    node.ebi("apply", "-f", example("1-download.yaml", work, url=raw.as_uri(), checksum=golden.sha512(raw)))
-    node.ebi("apply", "-f", secret, "-f", example("3-encrypt.yaml", work))
-    node.ebi("apply", "-f", wrong, "-f", example("4-decrypt.yaml", work), fails=True)
-    node.ebi("apply", "-f", secret, "-f", example("4-decrypt.yaml", work))
-    said = []
-    with node.server() as kubelet:
-        parameters = {"encrypted": "true", "backingImage": "parrot-cloned-encrypted"}
-        volume = kubelet.create("canary", 32 * MIB, parameters)
-        staging, target = node.staging / volume, work / "target"
-        given = yaml.safe_load(secret.read_text())["stringData"]
-        for bad in ({**given, "CRYPTO_KEY_VALUE": WRONG}, {**given, "CRYPTO_KEY_PROVIDER": "vault"}):
-            with pytest.raises(grpc.RpcError) as refused:
-                kubelet.stage(volume, staging, bad)
-            said.append(str(refused.value))
-        kubelet.stage(volume, staging, given)
-        kubelet.publish(volume, staging, target)
-        kubelet.unpublish(volume, target)
-        node.ebi("volume", "rekey", volume, "--secret", secret, "--new-secret", dearer)
-        kubelet.unstage(volume, staging)
-        node.ebi("doctor")
-        said.append(node.metrics())
-        kubelet.delete(volume)
-    captured = capfd.readouterr()
-    said += [captured.out, captured.err]
-
-    assert trace.read_bytes().count(b"cryptsetup") > 3, "the trace saw nothing"
-    seen, found = set(), []
-    folders = [work, *(Path(name) for name in ("/run", "/tmp", "/var/log", "/dev/shm"))]
-    texts = [("what was said", "\n".join(said).encode())]
-    for where, text in chain(texts, *(changed(folder, start) for folder in folders)):
+    seen, found = set(), set()
+    folders = [run.work, *(Path(name) for name in ("/run", "/tmp", "/var/log", "/dev/shm"))]
+    for where, text in chain([("what was said", said)], *(changed(folder, run.start) for folder in folders)):
         seen.add(where)
-        if where not in given_files:
-            found += [(where, needle) for needle in needles() if needle in text]
-    assert not found
-    assert {node.log, *given_files} <= seen, "the hunt is blind"
+        if any(needle in text for needle in NEEDLES):
+            found.add(where)
+    assert found == {run.secret, run.new, run.wrong}, "they are found elsewhere, or the hunt is blind"
+    assert {run.node.log, run.work / "execve"} <= seen, "the hunt is blind"
