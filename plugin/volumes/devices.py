@@ -106,9 +106,20 @@ def _unused(node: Node, volume: str) -> Iterator[Finding]:
     text, repair = "it is mapped, and neither mounted nor published", _alone(node, volume, partial(_remove, volume))
     if shown:
         staging = shown[0].target
+        if _may_be_published(node, volume, staging):
+            return
         text, repair = f"it is staged at {staging} and published nowhere", lambda: node.unstage(volume, staging)
     hint = "if no workload is about to use it: ebi doctor --fix --unstage"
     yield Finding("unused", f"volume {volume}", text, hint, repair, wrong=False)
+
+
+def _may_be_published(node: Node, volume: str, target: Path) -> bool:
+    """Whether an inline volume is in use at `target`: its staging may be gone, with the mounts of a container."""
+    try:
+        record = node.records.find(volume)
+    except EbiError:  # then nobody knows
+        return True
+    return record is not None and record.ephemeral == str(target)
 
 
 def _removable(node: Node, volume: str, kind: str, reason: str, *, safe: bool) -> Finding:

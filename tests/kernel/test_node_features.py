@@ -200,6 +200,21 @@ class TestEphemeral:
         unpublish()
         assert machine.volumes.list() == []
 
+    def test_in_use_is_never_called_unused(self, machine: Machine) -> None:
+        """Its staging may have gone with the mounts of the container that made it: then its publish is all there is."""
+        target = machine.home / "pod" / "mount"
+        self.publish(machine, target, size="16Mi")
+        volume = machine.volumes.get(self.ID)
+        mounts.unmount(volume.staging)
+        assert machine.volumes.examine() == []
+        record = volume.directory / "record.json"
+        text = record.read_text()
+        record.write_text("damaged")
+        assert [finding.kind for finding in machine.volumes.examine()] == ["record-damaged"]
+        record.write_text(text)
+        machine.volumes.unpublish(self.ID, target)
+        assert machine.volumes.list() == []
+
     def test_of_a_pod_that_is_gone_is_removed_at_the_start(self, machine: Machine) -> None:
         target = machine.home / "pod" / "mount"
         self.publish(machine, target, size="16Mi")
