@@ -136,8 +136,8 @@ def still(name: str) -> Iterator[None]:
     It goes on afterwards, also where this process is killed. Raises `CommandError` when a filesystem can't be frozen
     (somebody else has it frozen), UNAVAILABLE when another process let the I/O go on before the block had ended.
     """
-    with at_the_end(["dmsetup", "resume", name]):
-        run(["dmsetup", "suspend", name])
+    with at_the_end(["dmsetup", "resume", name]) as end:
+        run(["dmsetup", "suspend", name], fds=(end,))
         yield
         mapper = find(name)
         if mapper is None or not mapper.suspended:

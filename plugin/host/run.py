@@ -75,10 +75,11 @@ def run(
 
 
 @contextmanager
-def at_the_end(argv: Sequence[str]) -> Iterator[None]:
+def at_the_end(argv: Sequence[str]) -> Iterator[int]:
     """Run `argv` when the block ends, however it ends: where this process is killed in it, a child does so.
 
-    The child waits for the end of a pipe that nobody else has. Raises as `run` does when `argv` fails.
+    The child waits for the end of a pipe, which the block gets, and which nobody has but the programs that it is given
+    to with `run(fds=…)`: those outlive a kill, and `argv` comes after them. Raises as `run` does when `argv` fails.
     """
     waiting = ["sh", "-c", 'read -r _; exec "$@"', "sh", *argv]
     child = subprocess.Popen(
@@ -86,8 +87,9 @@ def at_the_end(argv: Sequence[str]) -> Iterator[None]:
         stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         env=environment(), start_new_session=True,
     )  # fmt: skip
+    assert child.stdin
     try:
-        yield
+        yield child.stdin.fileno()
     finally:
         _, stderr = child.communicate()
         if child.returncode < 0:  # somebody killed it, perhaps before it could do its work

@@ -40,6 +40,28 @@ def test_runs_when_the_process_is_killed_in_the_block(tmp_path: Path) -> None:
     assert mark.read_text() == "done\n"  # waits for the writer
 
 
+def test_runs_after_a_program_of_the_block_that_outlives_a_kill(tmp_path: Path) -> None:
+    wait, go, said = tmp_path / "wait", tmp_path / "go", tmp_path / "said"
+    os.mkfifo(wait)
+    os.mkfifo(go)
+    code = (
+        "from plugin.host.run import at_the_end, run; import sys\n"
+        "with at_the_end(['sh', '-c', 'echo after >> $0', sys.argv[3]]) as end:\n"
+        "    run(['sh', '-c', 'echo > $0; read _ < $1; echo first >> $2', *sys.argv[1:]], fds=(end,))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, wait, go, said]) as process:
+        wait.read_text()
+        process.send_signal(signal.SIGKILL)
+    time.sleep(0.1)
+    assert not said.exists()
+    go.write_text("\n")
+    deadline = time.monotonic() + 10
+    while not said.exists() or len(said.read_text().split()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert said.read_text().split() == ["first", "after"]
+
+
 def test_a_failure_is_told() -> None:
     with pytest.raises(CommandError, match="false exited with 1"), at_the_end(["false"]):
         pass
