@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plugin.errors import not_found, precondition
+from plugin.host.files import write_exactly
 from plugin.host.run import CommandError, run
 
 MIB = 1 << 20
@@ -94,7 +95,7 @@ def zero(path: Path, length: int) -> None:
     with _opened(path, os.O_WRONLY) as fd:
         length = min(length, os.lseek(fd, 0, os.SEEK_END))
         for offset in range(0, length, MIB):
-            os.pwrite(fd, bytes(min(MIB, length - offset)), offset)
+            write_exactly(fd, bytes(min(MIB, length - offset)), offset)
         os.fsync(fd)
 
 
@@ -107,7 +108,7 @@ def read_words(path: Path, count: int) -> tuple[int, ...]:
 def write(path: Path, offset: int, data: bytes) -> None:
     """Write `data` at `offset` of the device `path`; it is on the disk when this returns."""
     with _opened(path, os.O_WRONLY) as fd:
-        os.pwrite(fd, data, offset)
+        write_exactly(fd, data, offset)
         os.fsync(fd)
 
 

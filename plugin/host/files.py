@@ -100,6 +100,17 @@ def read_exactly(fd: int, buffer: memoryview, offset: int) -> None:
         done += count
 
 
+def write_exactly(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data` at byte `offset` of the file `fd`.
+
+    Where the disk fills up or fails in the middle, a write ends short; the next one tells the error.
+    """
+    rest = memoryview(data)
+    while rest:
+        count = os.pwrite(fd, rest, offset)
+        rest, offset = rest[count:], offset + count
+
+
 def share(source: int, target: int) -> bool:
     """Have the open file `target` share the blocks of `source`; False where the filesystem can't (ioctl_ficlone(2))."""
     try:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from plugin.errors import EbiError, exists, invalid
-from plugin.host.files import sync_directory
+from plugin.host.files import sync_directory, write_exactly
 from plugin.images import extents, formats, operations
 from plugin.images.disk import CipherSpec
 from plugin.images.formats import Format
@@ -146,7 +146,7 @@ def _filled(image: BackingImage, passphrase: bytes) -> Operation:
         with formats.opened(image.path, Format.LUKS, key) as source, operations.created(work.path) as fd:
             runs = operations.whole(source)
             with image.path.open("rb") as file:
-                os.pwrite(fd, file.read(found.payload_offset), 0)
+                write_exactly(fd, file.read(found.payload_offset), 0)
             work.report.expect(extents.total(runs))
             operations.copy_disk(
                 source, fd, work, runs, size=source.size, base=found.payload_offset, cipher=cipher, sparse=False

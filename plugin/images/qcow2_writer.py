@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
-from plugin.host.files import Extent
+from plugin.host.files import Extent, write_exactly
 
 _BITS = 16
 CLUSTER = 1 << _BITS
@@ -69,10 +69,10 @@ def write_tables(fd: int, found: Layout) -> None:
         CLUSTER, table_clusters, 0, 0, 0, 0, 0, 4, 104,
     )  # fmt: skip
     os.ftruncate(fd, found.end << _BITS)
-    os.pwrite(fd, header, 0)
+    write_exactly(fd, header, 0)
     first_block = 1 + table_clusters
     _put(fd, 1, [(first_block + index) << _BITS for index in range(found.blocks)])
-    os.pwrite(fd, b"\0\1" * found.end, first_block << _BITS)
+    write_exactly(fd, b"\0\1" * found.end, first_block << _BITS)
     tables = {number: found.first_table + first_level + index for index, number in enumerate(found.tables)}
     _put(fd, found.first_table, [(tables[n] << _BITS) | _ONE if n in tables else 0 for n in range(entries)])
     for number, entries_of in groupby(_clusters(found), key=lambda entry: entry[0] // _PER_TABLE):
@@ -90,7 +90,7 @@ def _clusters(found: Layout) -> Iterator[tuple[int, int]]:
 
 
 def _put(fd: int, cluster: int, numbers: list[int]) -> None:
-    os.pwrite(fd, struct.pack(f">{len(numbers)}Q", *numbers), cluster << _BITS)
+    write_exactly(fd, struct.pack(f">{len(numbers)}Q", *numbers), cluster << _BITS)
 
 
 def _whole_clusters(runs: Iterable[Extent]) -> Iterator[Extent]:

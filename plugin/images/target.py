@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from plugin.errors import exhausted
-from plugin.host.files import Extent, punch
+from plugin.host.files import Extent, punch, write_exactly
 from plugin.images import extents
 from plugin.images.disk import CipherSpec
 from plugin.images.extents import BLOCK, SHORTEST_HOLE
@@ -99,13 +99,13 @@ class Target:
             if self._direct >= 0 and at % BLOCK == 0 and len(part) >= BLOCK:
                 whole = len(part) // BLOCK * BLOCK
                 try:
-                    _write_exactly(self._direct, part[:whole], at)
+                    write_exactly(self._direct, part[:whole], at)
                     part, at = part[whole:], at + whole
                 except OSError as error:
                     if error.errno not in (errno.EINVAL, errno.EACCES):
                         raise
                     self._direct = -1  # this filesystem wants larger blocks, or, as SMB, one descriptor for a lock
-            _write_exactly(self._spec.fd, part, at)
+            write_exactly(self._spec.fd, part, at)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise exhausted("no space left on the device", "free space in the data directory") from error
@@ -126,12 +126,6 @@ def not_zero(buffer: memoryview, offset: int) -> Iterator[Extent]:
         end = upto
     if end > start:
         yield Extent(start, end - start)
-
-
-def _write_exactly(fd: int, part: memoryview, at: int) -> None:
-    while part:
-        count = os.pwrite(fd, part, at)
-        part, at = part[count:], at + count
 
 
 def open_direct(path: Path) -> int:

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from plugin.errors import invalid
-from plugin.host.files import Extent, sync_directory
+from plugin.host.files import Extent, sync_directory, write_exactly
 from plugin.luks import metadata
 from plugin.luks.metadata import Header
 
@@ -86,7 +86,7 @@ def _copy(source: Path, target: Path, runs: list[Extent], flags: int) -> None:
         with source.open("rb") as file:
             for run in runs:
                 file.seek(run.start)
-                os.pwrite(to, file.read(run.length), run.start)
+                write_exactly(to, file.read(run.length), run.start)
                 os.fsync(to)
     finally:
         os.close(to)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from plugin.errors import EbiError, Kind, invalid, precondition
 from plugin.host.blockdev import MIB
+from plugin.host.files import write_exactly
 from plugin.luks import header, keyslots
 from plugin.luks.parameters import SecretParameters
 from plugin.volumes.node import Node
@@ -62,7 +63,7 @@ def destroy(path: Path) -> None:
         # Both copies of the header lie in the first MiB, the salts among them: without those a keyslot is noise.
         size = min(LUKS_HEADER, os.fstat(fd).st_size)
         for start, end in ((0, min(MIB, size)), (MIB, size)):
-            os.pwrite(fd, bytes(max(0, end - start)), start)
+            write_exactly(fd, bytes(max(0, end - start)), start)
             os.fsync(fd)
     finally:
         os.close(fd)

@@ -156,6 +156,13 @@ def test_a_damaged_primary_is_survived_and_named(locked: Store) -> None:
     assert opens(path, PASSPHRASE)
 
 
+def test_a_write_that_ends_short_is_gone_on_with(locked: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, pwrite = locked.images.get("e"), os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, memoryview(data)[: 100 * KIB], offset))
+    headers.save_backup(locked.images, "e", locked.work / "saved")
+    assert (locked.work / "saved").read_bytes() == image.header_path.read_bytes()
+
+
 def test_a_header_comes_back_from_the_backup_beside(locked: Store) -> None:
     path = locked.images.get("e").path
     before = headers.show(locked.images, "e")
