@@ -1,9 +1,11 @@
 """A passphrase stays in memory and pipes: hunted through everything that a whole run leaves behind."""
 
 import base64
+import json
 import os
 import secrets
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,6 +34,15 @@ PARAMETERS = {"encrypted": "true", "backingImage": "parrot-cloned-encrypted"}
 TRACER = ["strace", "--daemonize", "--follow-forks", "--seccomp-bpf", "--trace=execve", "-v", "-s", "65536"]
 
 
+# Commands, as JSON, one after the other.
+MANY = """
+import json, sys
+from plugin import cli
+for command in json.load(sys.stdin):
+    print("status", cli.main(command), flush=True)
+"""
+
+
 @dataclass(frozen=True)
 class Run:
     """A node below `work`, and what its user gives: the only files in which a passphrase may stand.
@@ -41,15 +52,29 @@ class Run:
 
     work: Path
     node: Node
+    tracer: list[str]
     secret: Path
     new: Path
     wrong: Path
     start: float  # seconds of the epoch
 
-    def refused(self, *arguments: str | Path, times: int = 1) -> None:
-        """`ebi` fails for the wrong passphrase."""
-        done = self.node.ebi(*arguments, fails=True)
-        assert done.stderr.count("passphrase does not open") == times
+    def ebi(self, *commands: tuple[str | Path, ...], refused: int) -> None:
+        """Run `commands` of `ebi` in one process, since to start a traced one takes long.
+
+        Those that are given the wrong passphrase fail, and all others succeed; it is `refused` that many times.
+        """
+        lists = [["--data-dir", str(self.node.data_dir), *map(str, command)] for command in commands]
+        done = subprocess.run(
+            [*self.tracer, sys.executable, "-c", MANY],
+            input=json.dumps(lists),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        print(done.stdout, done.stderr)
+        succeeded = [line == "status 0" for line in done.stdout.splitlines() if line.startswith("status ")]
+        assert succeeded == [self.wrong not in command for command in commands]
+        assert done.stderr.count("passphrase does not open") == refused
 
 
 @pytest.fixture
@@ -58,13 +83,15 @@ def run(home: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     start = time.time() - 1  # a file's times lag behind by a tick
     monkeypatch.setenv("EBI_LOG_LEVEL", "debug")
     monkeypatch.setenv("EBI_DEVICE_TEMPLATE", f"{home}/device-{{volume}}")
-    node = Node(home, [*TRACER, "--output", str(home / "execve"), "--output-append-mode"])
+    tracer = [*TRACER, "--output", str(home / "execve"), "--output-append-mode"]
+    node = Node(home, tracer)
     monkeypatch.setenv("CSI_ENDPOINT", f"unix://{node.socket}")
     given = home / "given"
     given.mkdir()
     return Run(
         home,
         node,
+        tracer,
         secret=secret_file(given / "secret.yaml", "longhorn-crypto", "first"),
         new=secret_file(given / "new.yaml", "new", "second"),
         wrong=secret_file(given / "wrong.yaml", "longhorn-crypto", "wrong"),
@@ -100,31 +127,41 @@ def make_images(run: Run) -> None:
     golden.fill_tree(Path(golden.__file__).parent, work / "tree", MIB)
     golden.make_raw(work / "tree", raw, 16 * MIB)
     download = example("1-download.yaml", work, url=raw.as_uri(), checksum=golden.sha512(raw))
-    run.node.ebi("apply", "-f", run.secret, "-f", download, "-f", example("3-encrypt.yaml", work))
+    encrypt = example("3-encrypt.yaml", work)
     source = {"backing_image": "parrot-cloned-encrypted", "source_secret": "longhorn-crypto"}
     source["source_secret_namespace"] = "longhorn-system"
     reencrypt = example("3-encrypt.yaml", work, name="reencrypted", encryption="reencrypt", secret="new", **source)
     clones = ("-f", run.new, "-f", example("4-decrypt.yaml", work), "-f", reencrypt)
-    run.refused("apply", "-f", run.wrong, *clones, times=2)
-    run.node.ebi("apply", "-f", run.secret, *clones)
+    run.ebi(
+        ("apply", "-f", run.secret, "-f", download, "-f", encrypt),
+        ("apply", "-f", run.wrong, *clones),
+        ("apply", "-f", run.secret, *clones),
+        refused=2,
+    )
 
 
 def change_an_image(run: Run) -> None:
     """Its passphrase, its header; from here on the new passphrase opens it as well."""
     name, header = "parrot-cloned-encrypted", run.work / "header"
-    run.refused("image", "rekey", name, "--old", run.wrong, "--new", run.new)
-    run.node.ebi("image", "rekey", name, "--old", run.secret, "--new", run.new, "--keep-old")
-    run.node.ebi("image", "header", "backup", name, header)
-    run.node.ebi("image", "header", "restore", name, header)
-    run.node.ebi("image", "verify", name)
+    run.ebi(
+        ("image", "rekey", name, "--old", run.wrong, "--new", run.new),
+        ("image", "rekey", name, "--old", run.secret, "--new", run.new, "--keep-old"),
+        ("image", "header", "backup", name, header),
+        ("image", "header", "restore", name, header),
+        ("image", "verify", name),
+        refused=1,
+    )
 
 
 def export_an_image(run: Run) -> None:
     """Decrypted, and dense."""
     export = ("image", "export", "parrot-cloned-encrypted")
-    run.refused(*export, run.work / "refused", "--decrypt", "-f", run.wrong)
-    run.node.ebi(*export, run.work / "decrypted", "--decrypt", "-f", run.secret)
-    run.node.ebi(*export, run.work / "dense", "--dense", "-f", run.secret)
+    run.ebi(
+        (*export, run.work / "refused", "--decrypt", "-f", run.wrong),
+        (*export, run.work / "decrypted", "--decrypt", "-f", run.secret),
+        (*export, run.work / "dense", "--dense", "-f", run.secret),
+        refused=1,
+    )
 
 
 def use_a_volume(run: Run, kubelet: Kubelet) -> None:
@@ -145,17 +182,23 @@ def use_a_volume(run: Run, kubelet: Kubelet) -> None:
         csi_pb2.NodeExpandVolumeRequest(volume_id=volume, volume_path=str(target), capacity_range=grown, secrets=given)
     )
     export = example("6-export.yaml", run.work, name="exported-in-use", volume_name=volume)
-    run.refused("apply", "-f", run.wrong, "-f", export)
-    node.ebi("apply", "-f", run.secret, "-f", export)
-    run.refused("volume", "rekey", volume, "--secret", run.wrong, "--new-secret", run.new)
-    node.ebi("volume", "rekey", volume, "--secret", run.secret, "--new-secret", run.new)
+    run.ebi(
+        ("apply", "-f", run.wrong, "-f", export),
+        ("apply", "-f", run.secret, "-f", export),
+        ("volume", "rekey", volume, "--secret", run.wrong, "--new-secret", run.new),
+        ("volume", "rekey", volume, "--secret", run.secret, "--new-secret", run.new),
+        refused=2,
+    )
     kubelet.unpublish(volume, target)
     kubelet.unstage(volume, staging)
-    run.refused("volume", "attach", volume, target, "-f", run.wrong)
-    node.ebi("volume", "attach", volume, target, "-f", run.new)
-    node.ebi("volume", "detach", volume)
     export = example("6-export.yaml", run.work, name="exported", volume_name=volume, secret="new")
-    node.ebi("apply", "-f", run.new, "-f", export)
+    run.ebi(
+        ("volume", "attach", volume, target, "-f", run.wrong),
+        ("volume", "attach", volume, target, "-f", run.new),
+        ("volume", "detach", volume),
+        ("apply", "-f", run.new, "-f", export),
+        refused=1,
+    )
 
 
 def use_an_inline_volume(run: Run, kubelet: Kubelet) -> None:
