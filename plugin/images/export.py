@@ -15,7 +15,7 @@ from plugin.images.formats import Format
 from plugin.images.image import BackingImage
 from plugin.images.operations import Made, Operation, Work
 from plugin.images.progress import Progress, Reporter
-from plugin.images.store import Images, explained
+from plugin.images.store import Images, explaining
 from plugin.luks import header
 from plugin.luks.parameters import SecretParameters
 from plugin.settings import Settings
@@ -49,14 +49,10 @@ def export(
         report = Reporter(image, None, progress)
         partial = file.with_name(f".{file.name}.{os.getpid()}-{os.urandom(4).hex()}.partial")
         try:
-            with images.turn(report):
-                made = todo(Work(partial, image.described, settings, report))
-            _publish(partial, file)
-        except (EbiError, OSError) as error:
-            failure = explained(error, image, "export")
-            if failure is error:
-                raise
-            raise failure from error
+            with explaining(image, "export"):
+                with images.turn(report):
+                    made = todo(Work(partial, image.described, settings, report))
+                _publish(partial, file)
         finally:
             partial.unlink(missing_ok=True)
         sync_directory(file.absolute().parent)

@@ -241,18 +241,15 @@ class Images:
         try:
             # One that waits for a network more than it works needs no turn.
             turn = nullcontext() if job.name in ("download", "upload") else self.turn(report)
-            with _timed(job.name, report), turn:
+            with explaining(image, job.name), _timed(job.name, report), turn:
                 report.state(State.STARTING, message="")
                 made = job.run(Work(image.partial, image.described, self._settings, report))
                 self._finish(made, report)
         except BaseException as error:
-            failure = explained(error, image, job.name)
             _clear(image.directory)
             with suppress(EbiError, OSError):  # a record on a full disk; that nobody works on it tells the same
-                report.state(State.FAILED, message=str(failure) or "it was cancelled")
-            if failure is error:
-                raise
-            raise failure from error
+                report.state(State.FAILED, message=str(error) or "it was cancelled")
+            raise
         return report.image
 
     @contextmanager
@@ -292,20 +289,13 @@ class Images:
     def _unpack(self, image: BackingImage) -> None:
         # The image stays ready, so its record tells nothing of this. It takes no turn: a pod waits for it, which
         # shall not stand behind operations that may take hours.
-        partial, report = (
-            image.disk.with_suffix(".partial"),
-            Reporter(image, None, logged(f"unpacking {image.described}")),
-        )
+        partial = image.disk.with_suffix(".partial")
+        report = Reporter(image, None, logged(f"unpacking {image.described}"))
         try:
-            with _timed("unpack", report):
+            with explaining(image, "unpacking"), _timed("unpack", report):
                 operations.unpack(image)(Work(partial, image.described, self._settings, report))
                 partial.rename(image.disk)
                 sync_directory(image.disk.parent)
-        except (EbiError, OSError) as error:
-            failure = explained(error, image, "unpacking")
-            if failure is error:
-                raise
-            raise failure from error
         finally:
             partial.unlink(missing_ok=True)
             (partial.parent / space.CLAIM).unlink(missing_ok=True)
@@ -368,8 +358,19 @@ def _clear(directory: Path) -> None:
             entry.unlink(missing_ok=True)
 
 
-def explained(error: BaseException, image: BackingImage, doing: str) -> BaseException:
-    """`error` with the image named in it, where it is one that a user can do something about."""
+@contextmanager
+def explaining(image: BackingImage, doing: str) -> Iterator[None]:
+    """What the block raises is raised with the image named in it, where a user can do something about it."""
+    try:
+        yield
+    except BaseException as error:
+        found = _explained(error, image, doing)
+        if found is error:
+            raise
+        raise found from error
+
+
+def _explained(error: BaseException, image: BackingImage, doing: str) -> BaseException:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return exhausted(f"no space left on the device for the {doing} of {image.described}", "free some")
     if isinstance(error, OSError):
