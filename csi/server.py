@@ -22,7 +22,7 @@ from csi.registration import registered
 from csi.stubs import csi_pb2_grpc, health_pb2_grpc
 from plugin import metrics
 from plugin.errors import invalid, precondition
-from plugin.images import Images
+from plugin.images.store import Images
 from plugin.settings import Settings
 from plugin.volumes import Volumes
 

@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from plugin import events
 from plugin.errors import invalid, unavailable
 from plugin.host import dm
-from plugin.images import Images
+from plugin.images.store import Images
 from plugin.settings import Settings
 
 # Seconds. A mount takes milliseconds, a key derivation seconds, a large image minutes.

@@ -114,5 +114,5 @@ def _arm(number: int, kinds: frozenset[str]) -> None:
     for name in kinds & WRITES:
         function = name.removeprefix("os.")
         setattr(os, function, before(getattr(os, function)))
-    engine._Team.give = before(engine._Team.give)  # type: ignore[method-assign]
-    engine._Team.take = before(engine._Team.take)  # type: ignore[method-assign]
+    engine.Team.give = before(engine.Team.give)  # type: ignore[method-assign]
+    engine.Team.take = before(engine.Team.take)  # type: ignore[method-assign]

@@ -8,7 +8,8 @@ from plugin.cli import documents
 from plugin.cli.progress import Bar
 from plugin.errors import EbiError
 from plugin.host.files import private_directory
-from plugin.images import DocumentSecrets, Images
+from plugin.images.secrets import DocumentSecrets
+from plugin.images.store import Images
 from plugin.settings import Settings
 from plugin.volumes import Volumes, parameters
 

@@ -4,7 +4,7 @@ from argparse import Namespace
 from typing import Any
 
 from plugin.cli.get import IMAGES, VOLUMES
-from plugin.images import Images
+from plugin.images.store import Images
 from plugin.settings import Settings
 from plugin.volumes import Volumes
 

@@ -9,7 +9,8 @@ from plugin.cli.output import Column
 from plugin.findings import Finding
 from plugin.host import requirements
 from plugin.host.files import private_directory
-from plugin.images import Images, health
+from plugin.images import health
+from plugin.images.store import Images
 from plugin.settings import Settings
 from plugin.volumes import Volumes
 

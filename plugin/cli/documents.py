@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from plugin.errors import invalid
-from plugin.images import DocumentSecrets
+from plugin.images.secrets import DocumentSecrets
 
 Document = dict[str, Any]
 

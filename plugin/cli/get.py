@@ -6,7 +6,7 @@ from typing import Any
 
 from plugin.cli import output
 from plugin.cli.output import Column
-from plugin.images import Images
+from plugin.images.store import Images
 from plugin.settings import Settings
 from plugin.volumes import Volumes
 

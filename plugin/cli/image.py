@@ -9,8 +9,9 @@ from plugin.cli import documents, output
 from plugin.cli.progress import Bar
 from plugin.errors import invalid
 from plugin.host.files import private_directory
-from plugin.images import Images, export, headers, http, integrity, manifest
+from plugin.images import export, headers, http, integrity, manifest
 from plugin.images.formats import Format
+from plugin.images.store import Images
 from plugin.settings import Settings
 from plugin.volumes import Volumes
 

@@ -5,7 +5,7 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
-from plugin.images import Progress
+from plugin.images.progress import Progress
 
 _LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from plugin.host import budget
 from plugin.host.files import private_directory
-from plugin.images import Images, integrity
+from plugin.images import integrity
+from plugin.images.store import Images
 from plugin.settings import Settings
 from plugin.volumes import Volumes
 

@@ -11,7 +11,7 @@ from plugin.cli import documents
 from plugin.errors import EbiError, Kind, invalid
 from plugin.host import sizes
 from plugin.host.files import private_directory
-from plugin.images import Images
+from plugin.images.store import Images
 from plugin.settings import Settings
 from plugin.volumes import parameters
 

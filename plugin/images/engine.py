@@ -1,9 +1,9 @@
 """The copy engine: one disk into another, by worker processes that each take the next piece that is left.
 
 Processes, since the threads of one interpreter do not scale at ciphering. One is started, and the others are its forks,
-so that Python starts once for all. They get the keys by a standard input, the files as inherited descriptors, and their
-work from a socket that they share. Reading, ciphering and writing overlap between them, and the disk works
-while they do, since they write past the page cache where the filesystem lets them.
+so that Python starts once for all. They get the keys by a standard input, and the open files and their work from a
+socket that they share. Reading, ciphering and writing overlap between them, and the disk works while they do, since
+they write past the page cache where the filesystem lets them.
 """
 
 import json
@@ -13,10 +13,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from plugin.errors import EbiError, Kind
 from plugin.host.files import Extent
@@ -39,13 +39,15 @@ def copy(
     runs: list[Extent],
     *,
     workers: int = 0,
+    team: "Team | None" = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[Sum]:
     """Copy `runs` of `source` into `target`; returns what was not all zeros, which alone was written, in order.
 
     A dense target gets all of `runs`; with no target they are read only, and the checksums are of what the source
     has there. `advance` is called with bytes as they are done; what it raises ends the copy.
-    `workers`: 0 for one a core and one more. Nothing is synced. Raises what a worker met, and INTERNAL when one died.
+    `workers`: 0 for one a core and one more; `team`: one that was started before, and is gone afterwards. Nothing is
+    synced. Raises what a worker met, and INTERNAL when one died.
     """
     if not runs:
         return []
@@ -56,18 +58,12 @@ def copy(
     job: dict[str, object] = {
         "source": origin,
         "target": target.description() if target else None,
-        "parent": os.getpid(),
         "workers": count,
     }
     fds = ({*_fds(origin)} | ({target.fd, target.direct} if target else set())) - {-1}
-    team = _Team(job, fds)
-    try:
-        written = _drive(team, _pieces(runs), _AHEAD * count, advance)
-    except BaseException:
-        team.kill()
-        raise
-    team.end()
-    return written
+    with team or Team() as at_work:
+        at_work.begin(job, sorted(fds))
+        return _drive(at_work, _pieces(runs), _AHEAD * count, advance)
 
 
 def _fds(description: Mapping[str, Any]) -> Iterator[int]:
@@ -99,7 +95,7 @@ def _pieces(runs: Iterable[Extent]) -> Iterator[list[tuple[int, int]]]:
 
 
 def _drive(
-    team: "_Team", pieces: Iterator[list[tuple[int, int]]], most: int, advance: Callable[[int], None]
+    team: "Team", pieces: Iterator[list[tuple[int, int]]], most: int, advance: Callable[[int], None]
 ) -> list[Sum]:
     """Have the team do all pieces, `most` of them handed out at a time."""
     written: list[Sum] = []
@@ -114,24 +110,46 @@ def _drive(
     return sorted(written, key=lambda item: item.start)
 
 
-class _Team:
-    """The worker processes, and the socket to all of them: each message is for one, or from one."""
+class Team:
+    """The worker processes, and the socket to all of them: each message is for one, or from one.
 
-    def __init__(self, job: dict[str, object], fds: Iterable[int]) -> None:
+    Their Python starts at once, and waits to be told to `begin`. None is left when the block ends, be it by an
+    exception, for which they are killed.
+    """
+
+    def __init__(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # -P: no module is taken from the directory that the caller happens to be in.
-        command = [sys.executable, "-sP", "-m", "plugin.images.worker", str(theirs.fileno())]
+        command = [sys.executable, "-sP", "-m", "plugin.images.worker", str(theirs.fileno()), str(os.getpid())]
         with theirs:
             # A group of its own: an interrupt at the terminal is for us, and we end the workers.
             self._leader = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                pass_fds=(*fds, theirs.fileno()), env=environment({"PYTHONPATH": str(_ROOT)}), process_group=0,
+                pass_fds=(theirs.fileno(),), env=environment({"PYTHONPATH": str(_ROOT)}), process_group=0,
             )  # fmt: skip
         assert self._leader.stdin and self._leader.stderr
-        self._stderr = self._leader.stderr
-        with suppress(BrokenPipeError), self._leader.stdin as stdin:  # where it died, `take` will tell
-            stdin.write(json.dumps(job).encode())
+        self._stdin, self._stderr = self._leader.stdin, self._leader.stderr
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._socket.fileno() < 0:  # a block within this one has ended it
+            return
+        if kind:
+            self._kill()
+        with suppress(BrokenPipeError):
+            self._stdin.close()
+        self._socket.close()
+        self._leader.wait()
+        self._stderr.close()
+
+    def begin(self, job: Mapping[str, object], fds: Sequence[int]) -> None:
+        """Tell them what is to be done, with the open files `fds`, which have these numbers in the `job`."""
+        with suppress(BrokenPipeError, ConnectionResetError), self._stdin:  # where it died, `take` will tell
+            socket.send_fds(self._socket, [json.dumps(fds).encode()], fds)
+            self._stdin.write(json.dumps(job).encode())
 
     def give(self, piece: list[tuple[int, int]]) -> bool:
         """Hand out one more piece; False where the socket is full."""
@@ -154,21 +172,12 @@ class _Team:
             raise EbiError(answer["message"], kind=Kind[answer["kind"]], hint=answer["hint"])
         return answer["done"], [Sum(*item) for item in answer["written"]]
 
-    def end(self) -> None:
-        """Let them go, all work done."""
-        self._socket.close()
-        self._leader.wait()
-        self._stderr.close()
-
-    def kill(self) -> None:
-        """End them at once; none is left afterwards."""
+    def _kill(self) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self._leader.pid, signal.SIGKILL)
         self._leader.wait()
         while self._received():  # the end comes with that of the last of them
             continue
-        self._socket.close()
-        self._stderr.close()
 
     def _received(self) -> bytes:
         try:

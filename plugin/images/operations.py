@@ -47,12 +47,13 @@ class Made:
 
 @dataclass(frozen=True)
 class Work:
-    """Where an operation writes and to whom it tells how far it is."""
+    """Where an operation writes and to whom it tells how far it is; `team` is who copies, where they started before."""
 
     path: Path
     owner: str
     settings: Settings
     report: Reporter
+    team: engine.Team | None = None
 
 
 Operation = Callable[[Work], Made]
@@ -105,10 +106,11 @@ def encrypt(
     """The disk of `image` as a LUKS2 device under `parameters`; `old` opens it where it is one already."""
 
     def run(work: Work) -> Made:
-        key = header.volume_key(image.path, old.passphrase, image.described) if old else None
-        with formats.opened(image.path, image.status.format, key) as source:
-            runs = image.extents() if old and sparse else data_runs(source, sparse=sparse)
-            return encrypted(source, runs, parameters, work, sparse=sparse)
+        with engine.Team() as team:  # their Python starts while the header is read, and a key derived
+            key = header.volume_key(image.path, old.passphrase, image.described) if old else None
+            with formats.opened(image.path, image.status.format, key) as source:
+                runs = image.extents() if old and sparse else data_runs(source, sparse=sparse)
+                return encrypted(source, runs, parameters, replace(work, team=team), sparse=sparse)
 
     return run
 
@@ -135,9 +137,11 @@ def decrypt(image: BackingImage, passphrase: bytes, *, sparse: bool) -> Operatio
     """The plain disk of `image`, a LUKS2 device, with its holes as holes."""
 
     def run(work: Work) -> Made:
-        key = header.volume_key(image.path, passphrase, image.described)
-        with formats.opened(image.path, image.status.format, key) as source:
-            return unpacked(source, image.extents() if sparse else whole(source), work, sparse=sparse)
+        with engine.Team() as team:  # their Python starts while the key is derived
+            key = header.volume_key(image.path, passphrase, image.described)
+            with formats.opened(image.path, image.status.format, key) as source:
+                runs = image.extents() if sparse else whole(source)
+                return unpacked(source, runs, replace(work, team=team), sparse=sparse)
 
     return run
 
@@ -211,7 +215,9 @@ def copy_disk(
         # Where blocks are there already, several can be written at once, and they lie in one piece on the disk.
         lying = (Extent(target.at(run.start), run.length) for run in extents.merged(runs))
         target = replace(target, reserved=all(reserve(fd, run, work.owner) for run in lying))
-        return engine.copy(source, target, runs, workers=work.settings.workers, advance=work.report.advance)
+        return engine.copy(
+            source, target, runs, workers=work.settings.workers, team=work.team, advance=work.report.advance
+        )
     finally:
         if direct >= 0:
             os.close(direct)

@@ -1,8 +1,9 @@
 """The worker processes of the copy engine: each takes runs of a disk from a socket, reads, ciphers and writes them.
 
-`python -m plugin.images.worker FD`: FD is the socket that all share, standard input the job, with the keys in it; the
-files are inherited open. A message is a list of runs, its answer what was written. The process that is started only
-forks the others and tells when one dies. All end when the other end of the socket is closed, or with their parent.
+`python -m plugin.images.worker FD PARENT`: FD is the socket that all share, standard input the job, with the keys in
+it. The first message brings the open files, with the numbers that they have in the job. Each other one is a list of
+runs, its answer what was written. The process that is started only forks the others and tells when one dies. All end
+when the other end of the socket is closed, or with their parent.
 """
 
 import ctypes
@@ -22,6 +23,7 @@ from plugin.images.sums import Sum
 from plugin.images.target import LONGEST_MESSAGE, PIECE, Target, TargetSpec
 
 _PR_SET_PDEATHSIG = 1
+_MOST_FILES = 253  # what the kernel takes in one message
 # Exit statuses: of a worker whose last message says why, and of one that did not get so far; not Python's own, 1.
 _TOLD, _BROKEN = 71, 70
 
@@ -29,11 +31,14 @@ _TOLD, _BROKEN = 71, 70
 def main() -> int:
     """Have as many workers as the job says, and wait for them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # one that ignores it, which is inherited, can't wait for children
-    job = json.load(sys.stdin.buffer)
-    if not _following(job["parent"]):
+    fd, parent = map(int, sys.argv[1:])
+    if not _following(parent):
         return _TOLD
-    with socket.socket(fileno=int(sys.argv[1])) as shared:
-        leader = os.getpid()
+    with socket.socket(fileno=fd) as shared:
+        text = sys.stdin.buffer.read()
+        if not text:  # nothing is to be done after all
+            return 0
+        job, leader = _received(text, shared), os.getpid()
         for _ in range(job["workers"]):
             if os.fork() == 0:
                 os._exit(_worker(job, shared, leader))
@@ -42,6 +47,17 @@ def main() -> int:
             if status not in (0, _TOLD):
                 _tell(shared, {"died": status})
     return 0
+
+
+def _received(text: bytes, shared: socket.socket) -> Any:
+    """The job, with the numbers of the open files as they are here."""
+    numbers, fds, _, _ = socket.recv_fds(shared, LONGEST_MESSAGE, _MOST_FILES)
+    here = dict(zip(json.loads(numbers), fds, strict=True))
+
+    def renumbered(value: dict[str, Any]) -> dict[str, Any]:
+        return value | {key: here[value[key]] for key in ("fd", "direct") if value.get(key, -1) >= 0}
+
+    return json.loads(text, object_hook=renumbered)
 
 
 def _following(parent: int) -> bool:

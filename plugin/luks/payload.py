@@ -11,7 +11,6 @@ processes anyway (docs/decisions/002).
 """
 
 import ctypes
-import ctypes.util
 import hashlib
 from collections.abc import Iterator
 from functools import cache
@@ -164,7 +163,9 @@ def _libcrypto() -> ctypes.PyDLL:
     try:
         lib = ctypes.PyDLL(name)
     except OSError:
-        name = ctypes.util.find_library("crypto") or name
+        from ctypes.util import find_library  # noqa: PLC0415 - it loads a lot, and is hardly ever asked
+
+        name = find_library("crypto") or name
         try:
             lib = ctypes.PyDLL(name)
         except OSError as error:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from plugin import events
-from plugin.images import BackingImage
+from plugin.images.image import BackingImage
 from plugin.luks import header, mapping
 from plugin.luks.flags import NONE, Flags
 from plugin.luks.parameters import SecretParameters

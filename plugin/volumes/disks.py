@@ -15,11 +15,13 @@ from plugin import events
 from plugin.errors import EbiError, Kind, precondition
 from plugin.host import dm
 from plugin.host.files import Extent, data_extents, share
-from plugin.images import BackingImage, VolumeFacts, formats, operations, space
+from plugin.images import formats, operations, space
 from plugin.images.disk import Source
 from plugin.images.formats import Format
+from plugin.images.image import BackingImage
 from plugin.images.operations import Work
 from plugin.images.patched import Patch, Patched
+from plugin.images.volume import VolumeFacts
 from plugin.luks import header, payload
 from plugin.volumes import exceptions, names, stats
 from plugin.volumes.node import Node

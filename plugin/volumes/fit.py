@@ -3,7 +3,7 @@
 import json
 
 from plugin.errors import exists, invalid, out_of_range, precondition
-from plugin.images import BackingImage, State
+from plugin.images.image import BackingImage, State
 from plugin.images.manifest import Spec
 from plugin.volumes import tables
 from plugin.volumes.parameters import VolumeParameters

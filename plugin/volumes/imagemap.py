@@ -17,7 +17,7 @@ from pathlib import Path
 from plugin.errors import EbiError
 from plugin.host import dm, loop
 from plugin.host.dm import Mapper
-from plugin.images import BackingImage
+from plugin.images.image import BackingImage
 from plugin.luks import header, mapping
 from plugin.volumes import names
 from plugin.volumes.layers import Crypt, FileBacking, Layer, Linear, ensure

@@ -13,7 +13,8 @@ from plugin import events
 from plugin.errors import EbiError, exists, not_found, precondition
 from plugin.host import blockdev, dm, mounts
 from plugin.host.lock import locked
-from plugin.images import BackingImage, Images
+from plugin.images.image import BackingImage
+from plugin.images.store import Images
 from plugin.luks import header
 from plugin.settings import Settings
 from plugin.volumes import assemble, attached, filesystem, group, layers, names, parameters, paths, usage

@@ -11,8 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from plugin.errors import EbiError, Kind, not_found, unavailable
-from plugin.images import BackingImage, DocumentSecrets, Images, Progress, VolumeSource, manifest
-from plugin.images.image import WORKING
+from plugin.images import manifest
+from plugin.images.image import WORKING, BackingImage
+from plugin.images.progress import Progress
+from plugin.images.secrets import DocumentSecrets
+from plugin.images.store import Images
+from plugin.images.volume import VolumeSource
 from plugin.volumes import fit
 from plugin.volumes.parameters import VolumeParameters
 

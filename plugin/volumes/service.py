@@ -15,7 +15,8 @@ from plugin.errors import EbiError, Kind, invalid, precondition
 from plugin.findings import Finding
 from plugin.host import dm, files, mounts
 from plugin.host.lock import is_locked, locked
-from plugin.images import BackingImage, Images
+from plugin.images.image import BackingImage
+from plugin.images.store import Images
 from plugin.settings import Settings
 from plugin.volumes import ephemeral, fit, keys, names, parameters, paths, publish, reconcile, stats, tables, usage
 from plugin.volumes.capability import Capability

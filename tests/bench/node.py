@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from plugin.images import BackingImage, Images
+from plugin.images.image import BackingImage
+from plugin.images.store import Images
 from plugin.settings import Settings
 from plugin.volumes import Volumes
 from tests.bench.ours import Store, secret

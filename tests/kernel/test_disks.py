@@ -10,7 +10,7 @@ import pytest
 
 from plugin.errors import EbiError, Kind
 from plugin.host import loop, mounts
-from plugin.images import Images
+from plugin.images.store import Images
 from plugin.settings import Settings
 from plugin.volumes import Volumes
 from tests.kernel.disk import Disk, disk, dmsetup, replay, unmount

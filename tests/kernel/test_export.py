@@ -13,7 +13,9 @@ import pytest
 
 from plugin.errors import EbiError, Kind
 from plugin.host import dm, mounts, udev
-from plugin.images import BackingImage, DocumentSecrets, Images
+from plugin.images.image import BackingImage
+from plugin.images.secrets import DocumentSecrets
+from plugin.images.store import Images
 from plugin.settings import Settings
 from plugin.volumes import Capability, Volumes, disks
 from tests.kernel.world import MIB, SECRET, Machine, World, file_hash, tree_hash

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from plugin.host import blockdev, dm, loop
-from plugin.images import DocumentSecrets, Images
+from plugin.images.secrets import DocumentSecrets
+from plugin.images.store import Images
 from plugin.luks import header, mapping
 from plugin.luks.parameters import Pbkdf, SecretParameters
 from plugin.settings import Settings

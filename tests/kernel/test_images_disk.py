@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from plugin.errors import EbiError, Kind
-from plugin.images import DocumentSecrets, Images, export, http, space
+from plugin.images import export, http, space
+from plugin.images.secrets import DocumentSecrets
+from plugin.images.store import Images
 from plugin.luks import header
 from plugin.settings import Settings
 from tests.kernel.disk import disk

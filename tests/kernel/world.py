@@ -12,7 +12,9 @@ from typing import Any
 
 from plugin import events
 from plugin.host import mounts
-from plugin.images import BackingImage, DocumentSecrets, Images
+from plugin.images.image import BackingImage
+from plugin.images.secrets import DocumentSecrets
+from plugin.images.store import Images
 from plugin.settings import Settings
 from plugin.volumes import Capability, Volume, Volumes
 

@@ -18,7 +18,8 @@ import zstandard
 
 from plugin import cli
 from plugin.errors import EbiError, Kind
-from plugin.images import BackingImage, Images
+from plugin.images.image import BackingImage
+from plugin.images.store import Images
 from plugin.luks import header
 from plugin.settings import Settings
 from tests.demo import golden

@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 
 from plugin.errors import EbiError, Kind
-from plugin.images import BackingImage, DocumentSecrets, Images, State, export, headers, http
+from plugin.images import export, headers, http
 from plugin.images.formats import Format
+from plugin.images.image import BackingImage, State
+from plugin.images.secrets import DocumentSecrets
+from plugin.images.store import Images
 from plugin.luks import header
 from plugin.settings import Settings
 from tests.demo import golden

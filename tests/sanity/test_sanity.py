@@ -13,7 +13,8 @@ import yaml
 from csi.stubs import csi_pb2, csi_pb2_grpc
 from plugin.host import dm, udev
 from plugin.host.files import private_directory
-from plugin.images import DocumentSecrets, Images
+from plugin.images.secrets import DocumentSecrets
+from plugin.images.store import Images
 from plugin.settings import Settings
 from tests.demo import golden
 from tests.demo.__main__ import example

@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 
 from plugin.errors import EbiError
-from plugin.images import BackingImage, DocumentSecrets, Images, formats
+from plugin.images import formats
 from plugin.images.formats import Format
+from plugin.images.image import BackingImage
+from plugin.images.secrets import DocumentSecrets
+from plugin.images.store import Images
 from plugin.luks import header
 from plugin.luks.parameters import Pbkdf, SecretParameters
 from plugin.settings import Settings

@@ -12,7 +12,7 @@ import pytest
 
 from csi import server
 from csi.stubs import csi_pb2, csi_pb2_grpc
-from plugin.images import Images
+from plugin.images.store import Images
 from plugin.settings import Settings
 from plugin.volumes import Volumes
 

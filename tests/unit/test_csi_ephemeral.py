@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from csi.stubs import csi_pb2
-from plugin.images import Images
+from plugin.images.store import Images
 from plugin.settings import Settings
 from plugin.volumes import Volumes
 from plugin.volumes.record import RECORD

@@ -12,7 +12,7 @@ from plugin.cli import main
 from plugin.errors import EbiError, Kind
 from plugin.host import requirements
 from plugin.host.lock import locked
-from plugin.images import BackingImage
+from plugin.images.image import BackingImage
 from plugin.luks import header, keyslots
 from plugin.luks.parameters import SecretParameters
 from plugin.settings import Settings

@@ -8,7 +8,8 @@ import pytest
 
 from plugin.errors import EbiError, Kind
 from plugin.host.files import Extent, data_extents
-from plugin.images import DocumentSecrets, extents
+from plugin.images import extents
+from plugin.images.secrets import DocumentSecrets
 from plugin.luks import header
 from plugin.luks.payload import Cipher
 from tests.unit.conftest import KIB, MIB, PASSPHRASE, Store, clone, make_raw, secret, sha512

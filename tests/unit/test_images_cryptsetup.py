@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from plugin.errors import EbiError, Kind
-from plugin.images import DocumentSecrets
 from plugin.images.formats import Format
 from plugin.images.http import from_file
+from plugin.images.secrets import DocumentSecrets
 from plugin.luks import header
 from plugin.luks.parameters import SecretParameters
 from tests.unit.conftest import KIB, MIB, PASSPHRASE, Store, clone, make_raw, manifest, secret

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from plugin.errors import EbiError, Kind
-from plugin.images import BackingImage, Images, guard
+from plugin.images import guard
+from plugin.images.image import BackingImage
+from plugin.images.store import Images
 from plugin.settings import Settings
 from tests.unit.conftest import KIB, MIB, Store, make_raw, manifest, sha512
 from tests.unit.loopback import Answer, Server, serving

@@ -15,8 +15,11 @@ from plugin import events
 from plugin.errors import EbiError, Kind, unavailable
 from plugin.host.files import Extent
 from plugin.host.lock import is_locked, locked
-from plugin.images import BackingImage, Images, Progress, State, engine, operations
+from plugin.images import engine, operations
 from plugin.images.disk import Disk
+from plugin.images.image import BackingImage, State
+from plugin.images.progress import Progress
+from plugin.images.store import Images
 from plugin.images.sums import Sum
 from plugin.images.target import Target, TargetSpec
 from plugin.settings import Settings
@@ -345,9 +348,9 @@ def test_a_worker_that_dies_is_an_error_and_its_fellows_end(
     golden: Store, monkeypatch: pytest.MonkeyPatch, which: str
 ) -> None:
     seen: set[int] = set()
-    take = engine._Team.take
+    take = engine.Team.take
 
-    def sabotaged(team: engine._Team) -> tuple[int, list[Sum]]:
+    def sabotaged(team: engine.Team) -> tuple[int, list[Sum]]:
         if not seen:
             leader = team._leader.pid
             while not (forks := children(leader)):
@@ -357,7 +360,7 @@ def test_a_worker_that_dies_is_an_error_and_its_fellows_end(
         while True:  # others may have done their pieces
             take(team)
 
-    monkeypatch.setattr(engine._Team, "take", sabotaged)
+    monkeypatch.setattr(engine.Team, "take", sabotaged)
     with pytest.raises(EbiError, match="a worker process was killed by signal 9"):
         golden.apply(clone("e", "golden", "encrypt"))
     for pid in seen:  # its files are closed a moment before its end

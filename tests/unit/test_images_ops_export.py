@@ -11,10 +11,11 @@ import pytest
 from plugin.cli import main
 from plugin.errors import EbiError, Kind
 from plugin.host.files import Extent, data_extents
-from plugin.images import BackingImage, export, extents, formats, qcow2_writer
+from plugin.images import export, extents, formats, qcow2_writer
 from plugin.images.disk import CipherSpec
 from plugin.images.formats import Format
 from plugin.images.http import Download
+from plugin.images.image import BackingImage
 from plugin.images.qcow2 import Qcow2
 from plugin.luks import header
 from plugin.settings import Settings

@@ -8,7 +8,9 @@ import pytest
 
 from plugin.errors import EbiError, Kind
 from plugin.host import run
-from plugin.images import BackingImage, DocumentSecrets, headers
+from plugin.images import headers
+from plugin.images.image import BackingImage
+from plugin.images.secrets import DocumentSecrets
 from plugin.luks import header, keyslots
 from tests.unit.conftest import KIB, MIB, NAMESPACE, PASSPHRASE, Store, clone, make_raw, opens, secret, sha512
 

@@ -8,8 +8,9 @@ import pytest
 
 from plugin.errors import EbiError, Kind
 from plugin.host.files import Extent
-from plugin.images import BackingImage, engine, extents, headers, integrity, operations
+from plugin.images import engine, extents, headers, integrity, operations
 from plugin.images.disk import Disk
+from plugin.images.image import BackingImage
 from plugin.images.sums import Sum
 from plugin.settings import Settings
 from tests.unit.conftest import KIB, MIB, Store, clone, make_raw, manifest, sha512

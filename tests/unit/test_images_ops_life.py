@@ -15,20 +15,10 @@ import pytest
 from plugin import events
 from plugin.errors import EbiError, Kind
 from plugin.host.lock import locked
-from plugin.images import (
-    BackingImage,
-    Progress,
-    State,
-    engine,
-    export,
-    health,
-    integrity,
-    operations,
-    progress,
-    slots,
-    space,
-)
+from plugin.images import engine, export, health, integrity, operations, progress, slots, space
 from plugin.images.http import Download
+from plugin.images.image import BackingImage, State
+from plugin.images.progress import Progress
 from plugin.images.sums import Sum
 from plugin.settings import Settings
 from tests.unit.conftest import MIB, Store, clone, make_raw, manifest

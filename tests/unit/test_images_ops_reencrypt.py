@@ -7,7 +7,7 @@ import pytest
 
 from plugin.errors import EbiError, Kind
 from plugin.host.files import Extent
-from plugin.images import DocumentSecrets
+from plugin.images.secrets import DocumentSecrets
 from plugin.luks import header
 from tests.unit.conftest import KIB, MIB, NAMESPACE, PASSPHRASE, Store, clone, make_raw, secret, sha512
 

@@ -15,9 +15,10 @@ import pytest
 import zstandard
 
 from plugin.errors import EbiError, Kind
-from plugin.images import BackingImage, integrity
+from plugin.images import integrity
 from plugin.images.formats import Format
 from plugin.images.http import Download
+from plugin.images.image import BackingImage
 from plugin.images.packed import Content, Packing
 from plugin.settings import Settings
 from tests.unit.conftest import KIB, MIB, Store, clone, make_raw, manifest, sha512

@@ -13,9 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from plugin.host.files import Extent
-from plugin.images import DocumentSecrets, Images, extents
+from plugin.images import extents
 from plugin.images.disk import Disk
 from plugin.images.patched import Patch, Patched
+from plugin.images.secrets import DocumentSecrets
+from plugin.images.store import Images
 from plugin.luks import header
 from plugin.settings import Settings
 from tests.unit.conftest import KIB, MIB, NAMESPACE, Store, clone, secret

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from plugin.errors import EbiError, Kind
-from plugin.images import DocumentSecrets
 from plugin.images.export import export
+from plugin.images.secrets import DocumentSecrets
 from plugin.settings import Settings
 from tests.unit.conftest import MIB, NAMESPACE, Store, clone, make_raw, manifest, secret
 

@@ -11,7 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from plugin import events, metrics
 from plugin.errors import EbiError, Kind
-from plugin.images import DocumentSecrets, Images
+from plugin.images.secrets import DocumentSecrets
+from plugin.images.store import Images
 from plugin.settings import Settings
 
 

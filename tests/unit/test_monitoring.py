@@ -15,7 +15,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from plugin import events
-from plugin.images import Images
+from plugin.images.store import Images
 from plugin.metrics import Metrics
 from plugin.settings import Settings
 

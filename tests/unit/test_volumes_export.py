@@ -17,9 +17,11 @@ import pytest
 
 from plugin.errors import EbiError, Kind
 from plugin.host.files import Extent
-from plugin.images import BackingImage, DocumentSecrets, integrity
+from plugin.images import integrity
 from plugin.images.formats import Format
+from plugin.images.image import BackingImage
 from plugin.images.progress import Progress
+from plugin.images.secrets import DocumentSecrets
 from plugin.luks import header
 from plugin.luks.parameters import SecretParameters
 from plugin.luks.payload import Cipher

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from plugin.host import dm
-from plugin.images import Images
+from plugin.images.store import Images
 from plugin.settings import Settings
 from plugin.volumes import Volumes, imagemap
 

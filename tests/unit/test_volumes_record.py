@@ -8,7 +8,7 @@ import pytest
 from plugin import events
 from plugin.errors import EbiError, Kind
 from plugin.host.lock import locked
-from plugin.images import Images
+from plugin.images.store import Images
 from plugin.settings import Settings
 from plugin.volumes import Volumes
 from plugin.volumes.record import Volume
