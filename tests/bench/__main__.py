@@ -70,7 +70,7 @@ def _node(arguments: argparse.Namespace, store: Store, results: Results, clock: 
 
 _SUITES = {
     "images": _Suite(_images, images.HOW, size=2048, patience=120, devices=False, parts=images.SECTIONS),
-    "longhorn": _Suite(_longhorn, longhorn.HOW, size=256),
+    "longhorn": _Suite(_longhorn, longhorn.HOW, size=1024),
     "node": _Suite(_node, node.HOW, volumes=_VOLUMES, parts=_NODE),
 }
 
