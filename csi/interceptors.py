@@ -14,7 +14,7 @@ import grpc
 from csi import limits
 from csi.redact import redacted, without_secrets
 from plugin import events, logs
-from plugin.errors import EbiError, Kind, unavailable
+from plugin.errors import EbiError, Kind, of_system, unavailable
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +95,10 @@ class Calls(grpc.ServerInterceptor):
             log.log(logging.ERROR if error.kind is Kind.INTERNAL else logging.WARNING, "call %d: %s", number, failure)
         except NotImplementedError:  # what the generated base class does with the rest of the specification
             code, failure = grpc.StatusCode.UNIMPLEMENTED, f"{name} is not offered; see the capabilities"
+        except OSError as error:
+            found = of_system(error)
+            log.error("call %d failed: %s", number, without_secrets(traceback.format_exc(), request))
+            code, failure = CODES[found.kind], without_secrets(str(found), request)
         except Exception:
             # Whoever raised this did not mean it for reading, so it may quote what it stumbled over.
             log.error("call %d failed: %s", number, without_secrets(traceback.format_exc(), request))

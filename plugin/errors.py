@@ -3,6 +3,7 @@
 `csi/` maps the kind to a gRPC status, the command line to an exit status. A message never holds a secret.
 """
 
+import errno
 from enum import Enum
 
 
@@ -78,3 +79,16 @@ def unavailable(message: str, hint: str = "") -> EbiError:
 def unsupported(message: str, hint: str = "") -> EbiError:
     """Nothing here can do that."""
     return EbiError(message, kind=Kind.UNSUPPORTED, hint=hint)
+
+
+def of_system(error: OSError, doing: str = "") -> EbiError:
+    """What the kernel said, for a user: the file that it is about, if it is known, and what was being done."""
+    about = ": ".join(str(part) for part in (doing and f"{doing} failed", error.filename) if part)
+    message = ": ".join(part for part in (about, error.strerror or str(error)) if part)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return exhausted(message, "free some space there")
+    if isinstance(error, PermissionError):
+        return precondition(message, "run this as root, with all its capabilities")
+    if error.errno == errno.EROFS:
+        return precondition(message, "is it mounted read-only, or did it become so by an error?")
+    return EbiError(message, hint="see the kernel's log")

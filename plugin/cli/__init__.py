@@ -12,7 +12,7 @@ from typing import Any
 
 from plugin import logs
 from plugin.cli import apply, delete, doctor, get, image, serve, volume
-from plugin.errors import EbiError, precondition
+from plugin.errors import EbiError, of_system
 from plugin.settings import Settings
 
 _EPILOG = """\
@@ -58,14 +58,13 @@ def main(argv: list[str] | None = None) -> int:
     except EbiError as error:
         complain(error)
         return error.kind.value
-    except PermissionError as error:
-        where = f"{error.filename}: " if error.filename is not None else ""
-        failure = precondition(f"{where}permission denied", "run this as root, with all its capabilities")
-        complain(failure)
-        return failure.kind.value
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         sys.stderr.close()
         return 1
+    except OSError as error:
+        failure = of_system(error)
+        complain(failure)
+        return failure.kind.value
     except KeyboardInterrupt:
         return 130
 

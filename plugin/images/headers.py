@@ -117,7 +117,7 @@ def _known(image: BackingImage) -> header.Header | None:
     for path in (image.path, image.header_path):
         try:
             return header.read(path)
-        except (FileNotFoundError, EbiError) as error:
+        except (OSError, EbiError) as error:
             if isinstance(error, EbiError) and error.kind is not Kind.INVALID:
                 raise
     return None

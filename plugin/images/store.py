@@ -1,6 +1,5 @@
 """`Images`: the backing images of one data directory, and everything that can be done with them."""
 
-import errno
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from plugin import events
-from plugin.errors import EbiError, Kind, exhausted, exists, not_found, precondition
+from plugin.errors import EbiError, Kind, exists, not_found, of_system, precondition
 from plugin.host.files import sync_directory
 from plugin.host.lock import is_locked, locked
 from plugin.images import extents, operations, rules, slots, space, volume
@@ -168,7 +167,8 @@ class Images:
             image = self.get(name)
             if not (damaged and image.status.state is State.FAILED and image.path.exists()):
                 _check_ready(image)
-            yield image, self._catalog.save
+            with explaining(image, "handling"):
+                yield image, self._catalog.save
 
     @contextmanager
     def ready(self, name: str) -> Iterator[BackingImage]:
@@ -371,12 +371,8 @@ def explaining(image: BackingImage, doing: str) -> Iterator[None]:
 
 
 def _explained(error: BaseException, image: BackingImage, doing: str) -> BaseException:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return exhausted(f"no space left on the device for the {doing} of {image.described}", "free some")
     if isinstance(error, OSError):
-        return EbiError(
-            f"the {doing} of {image.described} failed: {error.strerror or error}", hint="see the kernel's log"
-        )
+        return of_system(error, f"the {doing} of {image.described}")
     if isinstance(error, EbiError) and image.described not in error.message:
         return EbiError(f"{image.described}: {error.message}", kind=error.kind, hint=error.hint)
     return error

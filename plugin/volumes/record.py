@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from plugin import events
-from plugin.errors import EbiError, not_found, out_of_range, precondition
+from plugin.errors import EbiError, not_found, of_system, out_of_range, precondition
 from plugin.host import dm, files
 from plugin.host.files import read_json, write_json
 from plugin.volumes import names, tables
@@ -176,9 +176,9 @@ class Records:
         return self.root / volume
 
     def find(self, volume: str) -> Volume | None:
-        """The volume with this id, if there is one. Raises INTERNAL where its record is damaged.
+        """The volume with this id, if there is one.
 
-        And PRECONDITION for one that this user may not read.
+        Raises INTERNAL where its record is damaged or can't be read, PRECONDITION for one that this user may not read.
         """
         if not names.is_volume_id(volume):
             return None
@@ -186,9 +186,9 @@ class Records:
         try:
             value = read_json(directory / RECORD)
             return Volume.from_json(value, directory) if value is not None else None
-        except PermissionError:  # not damaged: nobody shall delete it for that
-            raise precondition(f"{directory / RECORD}: permission denied", "run this as root") from None
-        except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        except OSError as error:  # not damaged: nobody shall delete it for that
+            raise of_system(error, f"reading the record of volume {volume}") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise EbiError(
                 f"the record of volume {volume} is damaged",
                 hint=f"put {directory / RECORD} back from a backup, or delete the volume",

@@ -8,13 +8,14 @@ import os
 import random
 import re
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from plugin.errors import EbiError, Kind
-from plugin.images import export, http, space
+from plugin.images import export, headers, http, space
 from plugin.images.secrets import DocumentSecrets
 from plugin.images.store import Images
 from plugin.luks import header
@@ -65,6 +66,13 @@ class Small:
         """Somebody else takes all of the disk but about `leave` bytes."""
         with self.filler.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, self.free() - max(leave, 256 << 10))
+
+    def fill_up(self) -> None:
+        """Somebody else takes all of it."""
+        self.fill(0)
+        with suppress(OSError), self.filler.open("ab", buffering=0) as file:
+            while file.write(bytes(4096)):
+                continue
 
     def free(self) -> int:
         found = os.statvfs(self.mountpoint)
@@ -177,6 +185,26 @@ def test_a_disk_that_breaks_anywhere(home: Path) -> None:
             assert it.left() == set(), where
             assert it.run(operation) == plain, where
             it.undo(operation)
+
+
+def test_a_passphrase_changes_on_a_disk_that_is_full_or_broken(home: Path) -> None:
+    """What the disk can't take is a clear error, the old passphrase goes on, and the same call again changes it."""
+    with disk(home, NAME, DISK) as place:
+        it = small(home, place.path)
+        plain, images, luks = sha512(it.raw), it.store.images, it.store.images.get("luks").path
+        old, new = (it.store.secrets.get(name, NAMESPACE) for name in ("key", "other"))
+        for breaks, kind in ((it.fill_up, Kind.EXHAUSTED), (lambda: place.fail(luks), Kind.INTERNAL)):
+            breaks()
+            Path("/proc/sys/vm/drop_caches").write_text("1")
+            with pytest.raises(EbiError, match="backing image luks") as caught:
+                headers.rekey(images, "luks", old, new, ("other", NAMESPACE))
+            assert caught.value.kind is kind, caught.value
+            place.heal()
+            it.filler.unlink(missing_ok=True)
+            assert disk_hash(luks) == plain
+            assert images.get("luks").ready and it.left() == set()
+        headers.rekey(images, "luks", old, new, ("other", NAMESPACE))
+        assert disk_hash(luks, OTHER) == plain
 
 
 def fails(it: Small, operation: str, where: str, kind: Kind) -> None:

@@ -268,7 +268,7 @@ class TestWithoutRoot:
     def test_a_command(self, closed: Path, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         assert ebi(closed, *(word.replace("DATA", str(closed)) for word in command)) == 5
         first, hint = capsys.readouterr().err.splitlines()
-        assert str(closed) in first and first.endswith("permission denied") and "run this as root" in hint
+        assert str(closed) in first and first.endswith("Permission denied") and "run this as root" in hint
 
     def test_one_through_the_socket(self, closed: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert ebi(closed, "volume", "delete", "pvc-1", "--endpoint", f"unix://{closed}/csi.sock") == 9

@@ -1,8 +1,10 @@
 """Around every call: what is logged of it, what is counted, and how failures look from outside."""
 
+import errno
 import io
 import json
 import logging
+import os
 import re
 import tempfile
 import threading
@@ -140,6 +142,18 @@ def test_an_unexpected_failure_is_internal_and_quotes_no_secret_anywhere(caplog:
     number = re.search(r"call (\d+)", error.details())
     assert number is not None
     assert f"call {number[1]} failed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.ENOSPC, "RESOURCE_EXHAUSTED"), (errno.EROFS, "FAILED_PRECONDITION"), (errno.EIO, "INTERNAL")],
+)
+def test_what_the_kernel_says_reaches_the_caller_without_secrets(number: int, code: str) -> None:
+    with serving(raising(OSError(number, os.strerror(number), f"/data/{SECRET}"))) as node:
+        error = refused(lambda: node.NodeStageVolume(STAGE))
+    assert error.code().name == code
+    assert f": {os.strerror(number)} (" in error.details()
+    assert SECRET not in error.details()
 
 
 def test_a_message_that_no_header_could_hold_is_cut() -> None:

@@ -229,7 +229,7 @@ class TestUnpacking:
 
         meanwhile.append(full)
         with pytest.raises(
-            EbiError, match="no space left on the device for the unpacking of backing image packed"
+            EbiError, match="the unpacking of backing image packed failed: No space left on device"
         ) as got:
             golden.images.raw("packed")
         assert got.value.kind is Kind.EXHAUSTED
