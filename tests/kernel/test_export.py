@@ -155,14 +155,24 @@ def test_where_files_share_blocks_nothing_is_copied_aside(sharing: Path, monkeyp
     mounts.unmount(staging)
 
 
-def test_a_killed_exporter_lets_the_volume_go_on(machine: Machine, world: World) -> None:
+@pytest.mark.parametrize("children", [False, True], ids=["alone", "with its children"])
+def test_a_killed_exporter_lets_the_volume_go_on(machine: Machine, world: World, *, children: bool) -> None:
     machine.create("vol", 32 * MIB, world.encrypted)
     target = machine.stage("vol")
     code = "from plugin.host import dm; import time\nwith dm.still('ebi-vol-vol'): print(1, flush=True); time.sleep(99)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout and process.stdout.readline()
         assert _suspended() == ["ebi-vol-vol"]
+        if children:  # as when a container ends; nobody is left then who could resume
+            left = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            assert left
+            for pid in left:
+                os.kill(int(pid), signal.SIGKILL)
         process.send_signal(signal.SIGKILL)
+    if children:
+        assert _suspended() == ["ebi-vol-vol"]
+        machine.volumes.recover()
+        assert not _suspended()
     assert udev.watch().wait_until(lambda: not _suspended(), 30)
     (target / "file").write_text("written")
     machine.unstage("vol")
