@@ -23,6 +23,8 @@ HOW = [
     "It does not fsync; rows say where that was added. Ours always does, its key derivation and start-up included.",
     "Derivation *default*: Longhorn lets cryptsetup run its benchmark, which aims at 2 s for it; ours has a fixed"
     " cost. *forced*: both sides with CRYPTO_PBKDF_FORCE_ITERATIONS=4 and CRYPTO_PBKDF_MEMORY=65536.",
+    "Where the processor is emulated, the cipher in user space and the start of Python take many times as long as on a"
+    " real one (docs/decisions/091).",
     "aes-xts-plain64 with 512-bit keys on both sides. Source in the page cache; medians, in brackets the extremes.",
 ]
 _MAPPER = "ebi-bench-longhorn"
