@@ -77,10 +77,13 @@ def attached(path: Path, *, readonly: bool = False, direct_io: bool = False, dis
 def _configure(file: int, path: Path, flags: int, *, discards: bool) -> tuple[int, int]:
     info = _INFO.pack(0, 0, 0, 0, 0, 0, 0, 0, flags | _AUTOCLEAR, os.fsencode(path)[:63], b"")
     config = _CONFIG.pack(file, 0, info, b"")
-    for _ in range(_ATTEMPTS):
+    attempts = 0
+    while attempts < _ATTEMPTS:
         number = _free_number()
+        if discards and _was_refusing(number) and _remove(number):
+            continue  # there may be more of those than attempts
+        attempts += 1
         if discards and _was_refusing(number):
-            _remove(number)
             continue
         try:
             loop = os.open(f"/dev/loop{number}", (os.O_RDONLY if flags & _READ_ONLY else os.O_RDWR) | os.O_CLOEXEC)
@@ -120,14 +123,17 @@ def _was_refusing(number: int) -> bool:
     return most > 0 and now == 0
 
 
-def _remove(number: int) -> None:
+def _remove(number: int) -> bool:
+    """Have the free loop device `number` gone; False where it stays."""
     control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
     try:
         fcntl.ioctl(control, _CONTROL_REMOVE, number)
     except OSError as error:  # somebody has just taken it
         log.debug("loop%d stays: %s", number, error.strerror)
+        return False
     finally:
         os.close(control)
+    return True
 
 
 def _free_number() -> int:

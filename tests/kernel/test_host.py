@@ -4,6 +4,7 @@ import os
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,17 @@ class TestLoop:
             os.truncate(file, 16 * MIB)
             loop.set_capacity(device.name)
             assert blockdev.size(device) == 16 * MIB
+
+    def test_however_many_refused_discards_before_the_next_one_takes_them(
+        self, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(loop, "_ATTEMPTS", 2)
+        with ExitStack() as stack:
+            for number in range(5):
+                stack.enter_context(loop.attached(make_file(home / f"file{number}"), discards=False))
+        assert udev.watch().wait_until(lambda: not loop.below(home), 5)
+        with loop.attached(make_file(home / "file")) as device:
+            assert int(Path(f"/sys/block/{device.name}/queue/discard_max_bytes").read_text()) > 0
 
     def test_many_at_once_each_get_their_own(self, home: Path) -> None:
         files = [make_file(home / f"file{number}") for number in range(24)]

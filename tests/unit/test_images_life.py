@@ -6,6 +6,7 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -367,6 +368,15 @@ def test_a_worker_that_dies_is_an_error_and_its_fellows_end(
         while alive(pid):
             time.sleep(0.001)
     assert golden.images.get("e").status.state == "failed"
+
+
+@pytest.mark.parametrize("failure", [None, KeyError("a key")])
+def test_workers_that_are_never_told_to_begin_end_with_the_block(failure: Exception | None) -> None:
+    with suppress(KeyError), engine.Team() as team:
+        leader = team._leader.pid
+        if failure:
+            raise failure
+    assert not alive(leader)
 
 
 def test_stores_in_several_processes_see_each_other(golden: Store) -> None:
