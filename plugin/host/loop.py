@@ -80,11 +80,10 @@ def _configure(file: int, path: Path, flags: int, *, discards: bool) -> tuple[in
     attempts = 0
     while attempts < _ATTEMPTS:
         number = _free_number()
-        if discards and _was_refusing(number) and _remove(number):
-            continue  # there may be more of those than attempts
-        attempts += 1
         if discards and _was_refusing(number):
+            attempts += not _remove(number)  # there may be more of them than attempts, and now there is one less
             continue
+        attempts += 1
         try:
             loop = os.open(f"/dev/loop{number}", (os.O_RDONLY if flags & _READ_ONLY else os.O_RDWR) | os.O_CLOEXEC)
         except (FileNotFoundError, OSError) as error:
