@@ -91,4 +91,5 @@ def of_system(error: OSError, doing: str = "") -> EbiError:
         return precondition(message, "run this as root, with all its capabilities")
     if error.errno == errno.EROFS:
         return precondition(message, "is it mounted read-only, or did it become so by an error?")
-    return EbiError(message, hint="see the kernel's log")
+    broken = error.errno in (errno.EIO, errno.ENXIO, errno.EUCLEAN)
+    return EbiError(message, hint="see the kernel's log" if broken else "")
