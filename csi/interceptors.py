@@ -95,14 +95,13 @@ class Calls(grpc.ServerInterceptor):
             log.log(logging.ERROR if error.kind is Kind.INTERNAL else logging.WARNING, "call %d: %s", number, failure)
         except NotImplementedError:  # what the generated base class does with the rest of the specification
             code, failure = grpc.StatusCode.UNIMPLEMENTED, f"{name} is not offered; see the capabilities"
-        except OSError as error:
-            found = of_system(error)
-            log.error("call %d failed: %s", number, without_secrets(traceback.format_exc(), request))
-            code, failure = CODES[found.kind], without_secrets(str(found), request)
-        except Exception:
+        except Exception as error:
             # Whoever raised this did not mean it for reading, so it may quote what it stumbled over.
             log.error("call %d failed: %s", number, without_secrets(traceback.format_exc(), request))
             code, failure = grpc.StatusCode.INTERNAL, f"internal error in call {number}; the driver's log has it"
+            if isinstance(error, OSError):  # what the kernel says is
+                found = of_system(error)
+                code, failure = CODES[found.kind], without_secrets(str(found), request)
         finally:
             seconds = time.monotonic() - start
             log.log(level, "call %d: %s %s in %.3f s", number, name, code.name, seconds)
