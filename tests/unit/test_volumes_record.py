@@ -11,7 +11,7 @@ from plugin.host.lock import locked
 from plugin.images.store import Images
 from plugin.settings import Settings
 from plugin.volumes import Volumes
-from plugin.volumes.record import Volume
+from plugin.volumes.record import RECORD, Volume
 
 MIB = 1 << 20
 
@@ -148,3 +148,14 @@ def test_a_volume_of_old_is_covered_whole_and_grows_behind(tmp_path: Path) -> No
     old = Volume.from_json(kept, volume.directory)
     assert old.covered == old.capacity
     assert replace(old, capacity=2 << 30).file_size == old.file_size + (1 << 30)
+
+
+def test_a_record_that_cannot_be_read_is_not_called_damaged(volumes: Volumes) -> None:
+    """Whoever reads that it is damaged may delete the volume; what the disk can't give now it may give later."""
+    record = volumes.create("pvc-1", 5 * MIB, {}).path.with_name(RECORD)
+    record.unlink()
+    record.mkdir()
+    with pytest.raises(EbiError, match=r"reading the record of volume pvc-1 failed: .*Is a directory") as refused:
+        volumes.get("pvc-1")
+    assert kind(refused) is Kind.INTERNAL
+    assert "damaged" not in str(refused.value) and "delete" not in str(refused.value)
